@@ -1,0 +1,125 @@
+"""Per-sample losses: `(outputs, batch) -> (B,)`, never reduced.
+
+They are what is scored and what is trained on. `loss_for_model` picks one from a model's configuration; any callable
+of the same form takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PerSampleLoss = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+def cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each sample: l_i = -sum_c q_ic log softmax(z_i)_c, q the smoothed one-hot label.
+
+    Args:
+        outputs: Has `logits` (B, C).
+        batch: Has integer `labels` (B,); -100 marks a sample without label, whose loss is 0.
+        label_smoothing: Share of the label spread evenly over the classes, in [0, 1).
+
+    Returns:
+        Losses (B,).
+    """
+    return F.cross_entropy(
+        _at_least_float32(outputs.logits), batch["labels"], reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def binary_cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+    """Multi-label loss of each sample: the mean over classes of the binary cross-entropy.
+
+    Args:
+        outputs: Has `logits` (B, C).
+        batch: Has `labels` (B, C) in [0, 1].
+        label_smoothing: Share of each label replaced by 1/2.
+
+    Returns:
+        Losses (B,).
+    """
+    logits = _at_least_float32(outputs.logits)
+    labels = batch["labels"].to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+
+
+def clip_contrastive(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Symmetric contrastive loss of each pair: half the row's and half the column's cross-entropy.
+
+    Args:
+        outputs: Has `logits_per_image` (B, B), the scaled similarities.
+        batch: Not used; the pairs are on the diagonal.
+
+    Returns:
+        Losses (B,); each depends on every pair of the batch.
+
+    References:
+        CLIP, arXiv 2103.00020, figure 3.
+    """
+    logits = _at_least_float32(outputs.logits_per_image)
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs, reduction="none") + F.cross_entropy(logits.T, pairs, reduction="none")) / 2
+
+
+def siglip_sigmoid(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Sigmoid loss of each pair: half the sum over its row and half that over its column of -log sigmoid(z_ij s_ij).
+
+    The mean over the batch is SigLIP's loss; halving makes the image and the text of a pair count alike.
+
+    Args:
+        outputs: Has `logits_per_image` (B, B).
+        batch: Not used; the pairs are on the diagonal.
+
+    Returns:
+        Losses (B,).
+
+    References:
+        SigLIP, arXiv 2303.15343, equation 1.
+    """
+    logits = _at_least_float32(outputs.logits_per_image)
+    sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    terms = -F.logsigmoid(sign * logits)
+    return (terms.sum(0) + terms.sum(1)) / 2
+
+
+def loss_for_model(model: nn.Module, label_smoothing: float = 0.0) -> PerSampleLoss:
+    """Choose the per-sample loss that `model` is trained with, from its parameters and `config.problem_type`.
+
+    Args:
+        model: A Hugging Face model, possibly wrapped by PEFT.
+        label_smoothing: As in `TrainingArguments.label_smoothing_factor`; contrastive losses have none.
+
+    Raises:
+        ValueError: For regression heads and other losses that are not known here.
+    """
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if "logit_bias" in leaves:
+        return siglip_sigmoid
+    if "logit_scale" in leaves:
+        return clip_contrastive
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return functools.partial(binary_cross_entropy, label_smoothing=label_smoothing)
+    if problem == "regression" or getattr(config, "num_labels", 2) < 2:
+        raise ValueError(
+            "a per-sample loss is known for classification and image-text models, got a model with "
+            f"problem_type={problem!r} and num_labels={getattr(config, 'num_labels', None)}. "
+            "Pass your own as `loss_fn`: a callable (outputs, batch) -> (B,)."
+        )
+    return functools.partial(cross_entropy, label_smoothing=label_smoothing)
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the model is called with: without labels, so that it computes no loss of its own."""
+    return {key: value for key, value in batch.items() if key not in ("labels", "return_loss")}
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

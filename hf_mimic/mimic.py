@@ -1,0 +1,179 @@
+"""The mimic score of every sample of a batch: m_i = <-grad l_i, v> / ||v||, by one forward-mode pass.
+
+Read `match_parameters` (which parameters), `reference_direction` and `MimicDirection` (v), `mimic_forward` (the
+training forward that also scores) and `mimic_scores` (the same without training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_mimic.forward_ad import dual_parameters, primal_of, strip, tangent_of
+from hf_mimic.layers import match_parameters
+from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
+from hf_mimic.reference import Reference, read_tensors
+
+DIRECTIONS = ("current", "start", "task_vector")
+
+
+def reference_direction(
+    model: nn.Module, reference: Reference, layers: str | Sequence[str] = "head", *, revision: str | None = None
+) -> dict[str, Tensor]:
+    """Return v = theta_ref - theta over the chosen parameters.
+
+    Args:
+        model: The student.
+        reference: A Hub repo id, a folder, a model, or a state dict.
+        layers: What `match_parameters` takes.
+        revision: Branch, tag or commit of the Hub repo.
+
+    Returns:
+        Parameter name to tensor of the parameter's shape and device, float32 (float64 for float64 parameters).
+
+    Raises:
+        ValueError: If no parameter matches or the reference does not fit; see `read_tensors`.
+    """
+    return MimicDirection(model, reference, layers, revision=revision)()
+
+
+class MimicDirection:
+    """The direction v of the mimic score while training runs.
+
+    `"current"` is the paper's theta_ref - theta_t, `"start"` theta_ref - theta_0, `"task_vector"` theta_ref -
+    theta_base with the base checkpoint that the reference was fine-tuned from. Only the chosen tensors are kept.
+
+    References:
+        Mimic Score, arXiv 2501.06708; task vectors, arXiv 2212.04089.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: Reference,
+        layers: str | Sequence[str] = "head",
+        *,
+        kind: str = "current",
+        base: Reference | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if kind not in DIRECTIONS:
+            raise ValueError(f"`direction` must be one of {', '.join(DIRECTIONS)}, got {kind!r}.")
+        if kind == "task_vector" and base is None:
+            raise ValueError(
+                'direction="task_vector" needs `reference_base_model`, the checkpoint that the reference was '
+                'fine-tuned from. Name it, or use direction="current" or "start".'
+            )
+        self.kind = kind
+        self.names = match_parameters(model, layers)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters = {name: named[name] for name in self.names}
+        half = [name for name, p in self.parameters.items() if p.dtype == torch.float16]
+        if half:
+            raise ValueError(
+                f"the chosen parameters must be float32, bfloat16 or float64, got float16 for {half[0]}: tangents "
+                "underflow and LayerNorm's overflow. Load the model in float32 and train with fp16=True (autocast)."
+            )
+        self.tensors = self._like_parameters(read_tensors(reference, model, self.names, revision=revision))
+        if kind == "start":
+            self.tensors = self._minus(self.tensors, self.parameters)
+        elif kind == "task_vector":
+            origin = read_tensors(base, model, self.names)  # type: ignore[arg-type]
+            self.tensors = self._minus(self.tensors, self._like_parameters(origin))
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Return v at the parameters' present values: name to tensor."""
+        return self._minus(self.tensors, self.parameters) if self.kind == "current" else self.tensors
+
+    def _like_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in self.parameters.items()}
+        return {n: tensors[n].to(p.device, wide[n], copy=True) for n, p in self.parameters.items()}
+
+    @staticmethod
+    def _minus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor - b[name].detach().to(tensor) for name, tensor in a.items()}
+
+
+@dataclass(frozen=True)
+class MimicForward:
+    """What one forward pass gives: losses (B,) with graph, scores (B,) without, the outputs, and ||v||."""
+
+    losses: Tensor
+    scores: Tensor
+    outputs: Any
+    norm: Tensor
+
+
+def direction_norm(direction: Mapping[str, Tensor]) -> Tensor:
+    """Return ||v|| over all chosen parameters, as a 0-d tensor."""
+    return torch.stack(torch._foreach_norm(list(direction.values()))).norm()
+
+
+def mimic_forward(
+    model: nn.Module, batch: Mapping[str, Any], direction: Mapping[str, Tensor], loss_fn: PerSampleLoss
+) -> MimicForward:
+    """Run the model once; return losses, their graph as in plain training, and m_i = <-grad l_i, v> / ||v||.
+
+    Args:
+        model: In the mode and under the autocast and grad settings of the caller.
+        batch: What the model takes, labels included; B samples.
+        direction: Parameter name to v, from `reference_direction`.
+        loss_fn: (outputs, batch) -> (B,).
+
+    Raises:
+        ValueError: If no chosen parameter influences the losses, or `loss_fn` returns another shape.
+        NotImplementedError: If a function behind the chosen parameters has no forward-mode derivative.
+    """
+    norm = direction_norm(direction)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tangents = {name: v.to(named[name].dtype) for name, v in direction.items()}
+    with dual_parameters(model, tangents):
+        outputs = model(**model_inputs(batch))
+        losses = loss_fn(outputs, batch)
+        tangent, losses, outputs = tangent_of(losses), primal_of(losses), strip(outputs)
+    if losses.dim() != 1:
+        raise ValueError(
+            f"`loss_fn` must return one loss per sample, shape (B,), got shape {tuple(losses.shape)}. "
+            'Use reduction="none".'
+        )
+    if tangent is None:
+        raise ValueError(
+            f"no chosen parameter influences the losses: {', '.join(list(direction)[:3])}... Choose `mimic_layers` "
+            "on the path to the loss; a loss computed in a custom kernel or under torch.compile loses the tangent."
+        )
+    wide = torch.promote_types(tangent.dtype, torch.float32)
+    norm = norm.to(wide)
+    scores = torch.where(norm > 0, -tangent.to(wide) / norm, torch.zeros((), dtype=wide, device=norm.device))
+    return MimicForward(losses, scores.detach(), outputs, norm)
+
+
+@torch.no_grad()
+def mimic_scores(
+    model: nn.Module, batch: Mapping[str, Any], direction: Mapping[str, Tensor], loss_fn: PerSampleLoss | None = None
+) -> Tensor:
+    """Score a batch without training: m_i = <-grad l_i, v> / ||v||; higher means it pulls toward the reference.
+
+    The model runs once, in eval mode, without graph, at about the cost of a forward pass.
+
+    Args:
+        model: The student.
+        batch: What the model takes, labels included; B samples.
+        direction: Parameter name to v, from `reference_direction`.
+        loss_fn: (outputs, batch) -> (B,); by default the loss that the model is trained with.
+
+    Returns:
+        Scores (B,), in units of the loss per unit of parameter distance; float64 for a float64 model, else float32.
+
+    References:
+        Mimic Score, arXiv 2501.06708.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return mimic_forward(model, batch, direction, loss_fn or loss_for_model(model)).scores
+    finally:
+        model.train(training)

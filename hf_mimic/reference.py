@@ -1,0 +1,230 @@
+"""The reference model's weights: only the chosen tensors, read from safetensors; the model is never built or run.
+
+Read `read_tensors`. A stored name may differ from the model's: a renaming that transformers knows, a base-model
+prefix, PEFT's wrapping. `_stored_names` undoes all three.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+Reference = str | Path | nn.Module | Mapping[str, Tensor]
+
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+
+
+def read_tensors(
+    reference: Reference, model: nn.Module, names: Iterable[str], *, revision: str | None = None
+) -> dict[str, Tensor]:
+    """Read the tensors of `reference` that belong to the named parameters of `model`.
+
+    Args:
+        reference: A Hub repo id, a folder, a model, or a state dict with the model's own names.
+        model: The student; tells under which names and shapes to look.
+        names: Parameter names of `model`.
+        revision: Branch, tag or commit of the Hub repo.
+
+    Returns:
+        Name to tensor on the CPU (or where the given model has it), of the shape of the student's parameter.
+
+    Raises:
+        ValueError: If tensors are missing or have another shape (all are listed), or labels are ordered differently.
+        FileNotFoundError: If there is no safetensors file.
+    """
+    names = list(names)
+    if isinstance(reference, (str, Path)):
+        check_labels(model, read_config(reference, revision=revision), str(reference))
+        found = _read_files(reference, model, names, revision)
+    else:
+        if isinstance(reference, nn.Module):
+            check_labels(model, getattr(getattr(reference, "config", None), "to_dict", dict)(), "the reference")
+            reference = dict(reference.named_parameters(remove_duplicate=False))
+        found = {name: reference[name].detach() for name in names if name in reference}
+    _check_shapes(found, model, names, reference if isinstance(reference, (str, Path)) else "the reference")
+    return found
+
+
+def read_config(reference: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Return the reference's `config.json` as a dict, empty where there is none (an adapter's repo)."""
+    path = _find(reference, "config.json", revision)
+    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_labels(model: nn.Module, config: Mapping[str, Any], reference: str) -> None:
+    """Raise if both models name their labels and the order differs: the rows of their heads would not correspond."""
+    own = getattr(getattr(model, "config", None), "id2label", None) or {}
+    theirs = {int(key): value for key, value in (config.get("id2label") or {}).items()}
+    generic = re.compile(r"LABEL_\d+")
+    named = [
+        labels for labels in (own, theirs) if labels and not all(generic.fullmatch(str(x)) for x in labels.values())
+    ]
+    if len(named) < 2 or len(own) != len(theirs):
+        return
+    differing = [f"{i}: {own[i]!r} / {theirs.get(i)!r}" for i in own if own[i] != theirs.get(i)]
+    if differing:
+        raise ValueError(
+            f"student and reference must order their labels alike, got {len(differing)} of {len(own)} that differ "
+            f"(id: student / {reference}): {', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}. "
+            "Load the student with the reference's label2id and id2label, and map the data set's labels to them."
+        )
+
+
+def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str], reference: Any) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    wrong = [f"{n}: not in the reference" for n in names if n not in found]
+    wrong += [
+        f"{n}: {shapes[n]} here, {tuple(found[n].shape)} in the reference"
+        for n in names
+        if n in found and tuple(found[n].shape) != shapes[n]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{reference} must have every chosen parameter in the student's shape; {len(wrong)} of {len(names)} do "
+            "not match:\n  " + "\n  ".join(wrong) + "\nUse a reference of the same architecture (and number of "
+            "labels), or choose other `mimic_layers`."
+        )
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _find(reference: str | Path, name: str, revision: str | None) -> Path | None:
+    """Return the local path of one file of a folder or Hub repo (downloaded if needed), or None."""
+    if Path(reference).is_dir():
+        path = Path(reference) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(reference), name, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, str]:
+    """Return tensor name to file name, from the index of a sharded checkpoint or the header of a single file."""
+    index = _find(reference, "model.safetensors.index.json", revision)
+    if index is not None:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    for name in _WEIGHTS:
+        path = _find(reference, name, revision)
+        if path is not None:
+            with _open(path) as file:
+                return dict.fromkeys(file.keys(), name)
+    pickles = [name for name in _PICKLES if _find(reference, name, revision)]
+    if pickles:
+        raise FileNotFoundError(
+            f"the reference must have safetensors weights, {reference} has only {pickles[0]}, and reading that would "
+            "unpickle code from it. Convert it once: from_pretrained(...).save_pretrained(...) on a trusted machine."
+        )
+    raise FileNotFoundError(
+        f"no model.safetensors, model.safetensors.index.json or adapter_model.safetensors in {reference}. "
+        "Give a Hub repo id or a folder that `save_pretrained` wrote."
+    )
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt", device="cpu")
+
+
+def _read_files(reference: str | Path, model: nn.Module, names: list[str], revision: str | None) -> dict[str, Tensor]:
+    files = _locate_weights(reference, revision)
+    wanted = set(names)
+    plan = [step for step in _stored_names(model, list(files)) if wanted & set(step[1])]
+    by_file = defaultdict(list)
+    for stored in {key for _, _, sources in plan for key in sources}:
+        by_file[files[stored]].append(stored)
+    tensors: dict[str, Tensor] = {}
+    for name, stored_names in sorted(by_file.items()):
+        path = _find(reference, name, revision)
+        if path is None:
+            raise FileNotFoundError(f"{reference} lists {name} in its index but does not have it.")
+        with _open(path) as file:
+            tensors.update({key: file.get_tensor(key) for key in stored_names})
+    found: dict[str, Tensor] = {}
+    for converter, targets, sources in plan:
+        realized = (
+            converter({key: tensors[key] for key in sources}) if converter else {targets[0]: tensors[sources[0]]}
+        )
+        found.update({name: realized[name] for name in targets if name in wanted and name in realized})
+    return found
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[str], list[str]]]:
+    """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
+    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    plain = {_without_peft(name): name for name in own}
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}
+    steps: list[tuple[Any, list[str], list[str]]] = [(None, [name], [key]) for key, name in direct.items()]
+    if isinstance(base, PreTrainedModel):
+        rest = [key for key in stored if key not in direct]
+        steps += [
+            (convert, [plain[t] for t in targets if t in plain], sources)
+            for convert, targets, sources in _transformers_names(base, rest, list(plain))
+        ]
+    return steps
+
+
+def _without_peft(name: str) -> str:
+    """Return the name that a parameter has without PEFT's wrapping and adapter name."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+    return re.sub(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.[^.]+(?=\.|$)", r".\1", name)
+
+
+def _transformers_names(model: PreTrainedModel, stored: list[str], own: list[str]) -> list[tuple]:
+    """Apply the renamings and conversions with which transformers loads older checkpoints of this model."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    present = dict.fromkeys(own, True)
+    groups: dict[str, Any] = {}
+    sources: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(stored):
+        prefix = model.base_model_prefix
+        name, pattern = rename_source_key(key, renamings, converters, prefix, present)
+        sources[name].append(key)
+        if pattern is not None:
+            owner = next(c for c in converters if pattern in c.source_patterns)
+            groups.setdefault(name, (deepcopy(owner), []))[1].append((key, pattern))
+    steps: list[tuple] = []
+    for name, keys in sources.items():
+        if name in groups:
+            owner, members = groups[name]
+            targets = [name.replace(owner.target_patterns[0], target) for target in owner.target_patterns]
+            steps.append((_Conversion(model, owner, members, name), targets, keys))
+        else:
+            steps.append((None, [name], keys[:1]))
+    return steps
+
+
+class _Conversion:
+    """One of transformers' weight conversions (for example a fused qkv split in three), run on given tensors."""
+
+    def __init__(self, model: PreTrainedModel, converter: WeightConverter, members: list, name: str) -> None:
+        self.model, self.converter, self.members, self.name = model, converter, members, name
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for key, pattern in self.members:
+            self.converter.add_tensor(self.name, key, pattern, tensors[key])  # type: ignore[arg-type]
+        realized = self.converter.convert(self.name, model=self.model, config=self.model.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in realized.items()}
