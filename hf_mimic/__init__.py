@@ -1,1 +1,54 @@
 """hf_mimic: score, reweight, record and filter training samples by a reference model from the Hub."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_mimic import data, losses, selection
+    from hf_mimic.arguments import MimicTrainingArguments
+    from hf_mimic.filters import ThresholdFilter
+    from hf_mimic.mimic import mimic_scores, reference_direction
+    from hf_mimic.scores import ScoreTable, attach_scores
+    from hf_mimic.scoring import score_dataset
+    from hf_mimic.trainer import MimicTrainer
+
+__version__ = "0.1.0"
+
+# Where each public name lives: importing one costs what it needs, importing the package almost nothing.
+_HOMES = {
+    "MimicTrainer": "trainer",
+    "MimicTrainingArguments": "arguments",
+    "ScoreTable": "scores",
+    "ThresholdFilter": "filters",
+    "attach_scores": "scores",
+    "mimic_scores": "mimic",
+    "reference_direction": "mimic",
+    "score_dataset": "scoring",
+}
+_MODULES = ("data", "losses", "selection")
+
+__all__ = [
+    "MimicTrainer",
+    "MimicTrainingArguments",
+    "ScoreTable",
+    "ThresholdFilter",
+    "attach_scores",
+    "data",
+    "losses",
+    "mimic_scores",
+    "reference_direction",
+    "score_dataset",
+    "selection",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"hf_mimic.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"hf_mimic.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hf_mimic' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -27,7 +27,12 @@ class _Pass:
 
     def __init__(self) -> None:
         self.active = True
+        self.grad = torch.is_grad_enabled()
         self.duals: list[weakref.ref[Dual]] = []
+
+    def cuts(self) -> bool:
+        """Return whether the model itself switched gradients off; a custom Function (checkpointing) does it too."""
+        return self.grad and not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled()
 
     def close(self) -> None:
         # Checkpointing keeps the layer inputs until backward: their tangents need not live that long.
@@ -36,6 +41,7 @@ class _Pass:
             dual = reference()
             if dual is not None:
                 dual._tangent = None
+                dual.__class__ = dual.__dict__.pop("_former", Tensor)  # a buffer must not stay a Dual
         self.duals.clear()
 
 
@@ -64,8 +70,11 @@ class Dual(Tensor):
         scopes: list[_Pass] = []
         primals = _map_tensors(functools.partial(_primal_noting, scopes=scopes), args)
         primal_kwargs = _map_tensors(functools.partial(_primal_noting, scopes=scopes), given)
-        if not scopes or name in CUT:
-            return func(*primals, **primal_kwargs)
+        if not scopes or name in CUT or scopes[0].cuts():
+            out = func(*primals, **primal_kwargs)
+            if name == "detach_":
+                args[0]._tangent = None
+            return args[0] if primals and out is primals[0] else out
         if name == "__iter__":
             return iter(args[0].unbind(0))
         call = (func, primals, primal_kwargs, _map_tensors(tangent_of, args), _map_tensors(tangent_of, given))
@@ -154,7 +163,7 @@ def _primal_noting(x: Tensor, scopes: list[_Pass]) -> Tensor:
 
 def _has_floating(out: Any) -> bool:
     if isinstance(out, Tensor):
-        return out.is_floating_point()
+        return out.is_floating_point() or out.is_complex()
     return isinstance(out, (tuple, list)) and any(_has_floating(item) for item in out)
 
 
@@ -203,7 +212,9 @@ def _run_inplace(target: Tensor, call: tuple, scope: _Pass) -> Any:
         start = torch.zeros_like(clone) if old is None else old.clone()
         new = reevaluate(on_clone, (clone, *primals[1:]), kwargs, (start, *tangents[1:]), tangent_kwargs)
     result = func(*primals, **kwargs)
-    if old is not None:
+    if old is not None and isinstance(primals[0], nn.Parameter):
+        target._tangent = new  # type: ignore[attr-defined]  # the old one is the caller's
+    elif old is not None:
         old.copy_(new)  # the tangent of a view is a view of its base's tangent: both change
     elif new is not None:
         _become_dual(target, new, scope)
@@ -217,8 +228,8 @@ def _become_dual(target: Tensor, tangent: Tensor, scope: _Pass) -> None:
             "an in-place function wrote a value with a tangent into a view of a tensor without one, which cannot be "
             "followed. Choose `mimic_layers` behind it, or write to the whole tensor."
         )
-    target.__class__ = Dual
     dual: Any = target
+    dual._former, dual.__class__ = type(target), Dual
     dual._primal, dual._tangent, dual._pass = None, tangent, scope
     scope.duals.append(weakref.ref(dual))
 

@@ -84,7 +84,7 @@ def _head(model: nn.Module) -> list[str]:
         n for n in names if re.match(r"(visual|vision|image|text)_proj(ection)?\.|(vision|text)_model\.head\.", n)
     ]
     base = getattr(core, "base_model_prefix", "")
-    if projections:
+    if projections and not hasattr(core, "classifier"):  # SiglipForImageClassification has both
         found = projections
     elif base and hasattr(core, base):
         found = [name for name in names if not name.startswith(f"{base}.")]
@@ -129,7 +129,7 @@ def _core(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the model inside PEFT's wrapping and the prefix that the wrapping puts before its names."""
     if not hasattr(model, "peft_config"):
         return model, ""
-    core = model.get_base_model()
+    core: nn.Module = model.get_base_model()  # type: ignore[operator]
     return core, next(f"{name}." for name, module in model.named_modules() if module is core)
 
 

@@ -7,6 +7,7 @@ of the same form takes its place.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smoothing: fl
         Losses (B,).
     """
     return F.cross_entropy(
-        _at_least_float32(outputs.logits), batch["labels"], reduction="none", label_smoothing=label_smoothing
+        _logits(outputs, "logits"), _labels(batch), reduction="none", label_smoothing=label_smoothing
     )
 
 
@@ -44,8 +45,8 @@ def binary_cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smooth
     Returns:
         Losses (B,).
     """
-    logits = _at_least_float32(outputs.logits)
-    labels = batch["labels"].to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    logits = _logits(outputs, "logits")
+    labels = _labels(batch).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
 
@@ -62,7 +63,7 @@ def clip_contrastive(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     References:
         CLIP, arXiv 2103.00020, figure 3.
     """
-    logits = _at_least_float32(outputs.logits_per_image)
+    logits = _logits(outputs, "logits_per_image")
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs, reduction="none") + F.cross_entropy(logits.T, pairs, reduction="none")) / 2
 
@@ -82,7 +83,7 @@ def siglip_sigmoid(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     References:
         SigLIP, arXiv 2303.15343, equation 1.
     """
-    logits = _at_least_float32(outputs.logits_per_image)
+    logits = _logits(outputs, "logits_per_image")
     sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
     terms = -F.logsigmoid(sign * logits)
     return (terms.sum(0) + terms.sum(1)) / 2
@@ -98,10 +99,11 @@ def loss_for_model(model: nn.Module, label_smoothing: float = 0.0) -> PerSampleL
     Raises:
         ValueError: For regression heads and other losses that are not known here.
     """
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-    if "logit_bias" in leaves:
+    # The model's own, not a layer's: Swin v2 has a `logit_scale` in every attention.
+    own = {re.sub(r"^((base_model\.model|module|_orig_mod)\.)+", "", name) for name, _ in model.named_parameters()}
+    if "logit_bias" in own:
         return siglip_sigmoid
-    if "logit_scale" in leaves:
+    if "logit_scale" in own:
         return clip_contrastive
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
@@ -121,5 +123,17 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in ("labels", "return_loss")}
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def _logits(outputs: Any, name: str) -> Tensor:
+    logits = getattr(outputs, name, None)
+    if logits is None:
+        raise ValueError(
+            f"this loss needs the model's outputs to have `{name}`, got {type(outputs).__name__}. "
+            "Pass your own as `loss_fn`: a callable (outputs, batch) -> (B,)."
+        )
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(f"this loss needs `labels` in the batch, got {', '.join(batch)}. Rename the label column.")
+    return batch["labels"]

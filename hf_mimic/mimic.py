@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_mimic.checks import check_choice
 from hf_mimic.forward_ad import dual_parameters, primal_of, strip, tangent_of
 from hf_mimic.layers import match_parameters
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
@@ -61,8 +62,7 @@ class MimicDirection:
         base: Reference | None = None,
         revision: str | None = None,
     ) -> None:
-        if kind not in DIRECTIONS:
-            raise ValueError(f"`direction` must be one of {', '.join(DIRECTIONS)}, got {kind!r}.")
+        check_choice("direction", kind, DIRECTIONS)
         if kind == "task_vector" and base is None:
             raise ValueError(
                 'direction="task_vector" needs `reference_base_model`, the checkpoint that the reference was '
@@ -131,7 +131,9 @@ def mimic_forward(
     norm = direction_norm(direction)
     named = dict(model.named_parameters(remove_duplicate=False))
     tangents = {name: v.to(named[name].dtype) for name, v in direction.items()}
-    with dual_parameters(model, tangents):
+    grad = torch.is_grad_enabled()
+    # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), dual_parameters(model, tangents):
         outputs = model(**model_inputs(batch))
         losses = loss_fn(outputs, batch)
         tangent, losses, outputs = tangent_of(losses), primal_of(losses), strip(outputs)

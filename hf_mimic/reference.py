@@ -14,7 +14,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
@@ -172,7 +171,7 @@ def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[s
     """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
     own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     plain = {_without_peft(name): name for name in own}
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}
     steps: list[tuple[Any, list[str], list[str]]] = [(None, [name], [key]) for key, name in direct.items()]
     if isinstance(base, PreTrainedModel):

@@ -30,7 +30,7 @@ RANDOM = frozenset(
     "gumbel_softmax multi_head_attention_forward scaled_dot_product_attention bernoulli bernoulli_ normal_ "
     "uniform_ fractional_max_pool2d".split()
 )
-VIEW_GETTERS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real"))
+VIEW_GETTERS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 
 _LINEAR = (
     "view view_as reshape reshape_as flatten unflatten permute transpose swapaxes swapdims movedim squeeze unsqueeze "
@@ -77,7 +77,7 @@ def function_tangent(
 
 
 # Python functions pass some of their arguments on by name: rules see them all by position.
-_SIGNATURES = {func: inspect.signature(func) for func in (F.batch_norm, F.layer_norm)}
+_SIGNATURES = {func: inspect.signature(func) for func in (F.batch_norm, F.layer_norm, F.embedding)}
 
 
 def _by_position(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -124,7 +124,7 @@ def reevaluate(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, ta
 
 def _unpack(out: Any) -> Any:
     if isinstance(out, Tensor):
-        return fwad.unpack_dual(out).tangent if out.is_floating_point() else None
+        return fwad.unpack_dual(out).tangent if out.is_floating_point() or out.is_complex() else None
     return [_unpack(item) for item in out] if isinstance(out, (tuple, list)) else None
 
 
@@ -204,6 +204,13 @@ def _layer_norm(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, o
     return tangent if dbias is None else tangent.add_(dbias)
 
 
+def _embedding(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
+    """Rows of dW. NOTE: autograd gives the row `padding_idx` no gradient, torch's forward-mode formula counts it."""
+    indices, weight, padding = primals[:3]
+    tangent = F.embedding(indices, tangents[1])
+    return tangent if padding is None else tangent.masked_fill_((indices == padding % len(weight))[..., None], 0)
+
+
 def _gelu(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
     """An elementwise function's Jacobian is diagonal: its backward kernel applies it to dx."""
     return torch.ops.aten.gelu_backward(tangents[0], primals[0], **kwargs) if len(primals) == 1 else NotImplemented
@@ -265,4 +272,5 @@ _RULES: dict[Callable, Callable] = {
     torch.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.gelu: _gelu,
+    F.embedding: _embedding,
 }

@@ -1,0 +1,100 @@
+"""`MimicTrainingArguments`: what a mimic run adds to `TrainingArguments`, and the checks on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_mimic.checks import check_choice
+from hf_mimic.mimic import DIRECTIONS
+from hf_mimic.selection import STRATEGIES
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "direction": DIRECTIONS,
+    "reweight": ("all", "mimic_layers"),
+    "weight_scope": ("global", "device"),
+    "strategy": tuple(STRATEGIES),
+}
+
+
+@dataclass
+class MimicTrainingArguments(TrainingArguments):
+    """`TrainingArguments` of a run that scores its samples against a reference model.
+
+    Args:
+        reference_model: Hub repo id or folder of the reference; only the chosen tensors are read from it.
+        reference_revision: Branch, tag or commit of the reference's Hub repo.
+        reference_base_model: The checkpoint that the reference was fine-tuned from, for direction="task_vector".
+        mimic_layers: Parameters to score with: "head", "last_mlp", "last_block", "all", names, suffixes or regular
+            expressions.
+        direction: "current" (reference minus present weights, the paper's), "start" (minus the weights at the start)
+            or "task_vector" (reference minus its base).
+        temperature: tau of softmax(score / tau): a positive number, or "auto" for an effective sample size of half
+            the batch.
+        strategy: How scores become weights: "mimic", or "uniform" to train plainly and only record.
+        reweight: Which parameters get the weighted gradient: "all", or "mimic_layers" (the others get the plain mean).
+        weight_scope: The group over which weights are normalised: "global" (the whole optimizer step) or "device"
+            (each micro-batch, as in the papers).
+        sample_id_column: int64 column of the train data set that identifies a sample.
+        record_scores: Write every visit to <output_dir>/scores.
+    """
+
+    reference_model: str | None = field(default=None)
+    reference_revision: str | None = field(default=None)
+    reference_base_model: str | None = field(default=None)
+    mimic_layers: list[str] = field(default_factory=lambda: ["head"])
+    direction: str = field(default="current")
+    temperature: str = field(default="auto")
+    strategy: str = field(default="mimic")
+    reweight: str = field(default="all")
+    weight_scope: str = field(default="global")
+    sample_id_column: str = field(default="sample_id")
+    record_scores: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.mimic_layers, str):
+            self.mimic_layers = [self.mimic_layers]
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        self._check_temperature()
+        self._check_engine()
+
+    @property
+    def tau(self) -> float | str:
+        """The temperature as a number, or "auto"."""
+        return self.temperature if self.temperature == "auto" else float(self.temperature)
+
+    @property
+    def scores_dir(self) -> str:
+        """The folder of the score table."""
+        return os.path.join(str(self.output_dir), "scores")
+
+    def _check_temperature(self) -> None:
+        try:
+            valid = self.temperature == "auto" or float(self.temperature) > 0
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f'`temperature` must be a positive number or "auto", got {self.temperature!r}. '
+                'Use "auto", or strategy="uniform" for equal weights.'
+            )
+
+    def _check_engine(self) -> None:
+        if self.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel` must be False: its fused loss returns no logits, so there is no per-sample loss."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile` must be False: compiled code drops tangents, and the scores with them. "
+                "Scoring the last layers without compilation costs a few per cent."
+            )
+        if self.weight_scope == "global" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                '`weight_scope`="global" must see the whole optimizer step, got gradient_accumulation_steps='
+                f'{self.gradient_accumulation_steps}. Use weight_scope="device": weights per micro-batch.'
+            )

@@ -1,0 +1,209 @@
+"""Data sets: sample ids that survive transforms and collation, label noise, loading, unreadable images.
+
+Read `add_sample_ids`; `SampleIdDataset` and `SampleIdCollator` are how the trainer keeps the id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAMPLE_ID = "sample_id"
+
+
+def add_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> Dataset:
+    """Return the data set with an int64 column 0, 1, ... N-1: stable names for its rows, whatever is done to it later.
+
+    Raises:
+        ValueError: If the column is already there.
+    """
+    if column in dataset.column_names:
+        raise ValueError(
+            f"the data set must not have a column `{column}` yet. If it holds unique integers, it is already an id: "
+            f'use it as it is (sample_id_column="{column}"); otherwise remove or rename it.'
+        )
+    return dataset.add_column(column, np.arange(len(dataset), dtype=np.int64))
+
+
+def read_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> np.ndarray:
+    """Return the ids (N,), int64, without decoding anything.
+
+    Raises:
+        ValueError: If there are no rows, the column is missing, or its values are not unique integers.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"the data set must have an int64 column `{column}`, got the columns {', '.join(dataset.column_names)}. "
+            "Add one once, before any shuffle or filter: hf_mimic.data.add_sample_ids(dataset)."
+        )
+    if len(dataset) == 0:
+        raise ValueError("the data set must have at least one row, got none. Look at the filter or split before it.")
+    ids = dataset.with_format("arrow")[:][column] if dataset._indices is not None else dataset.data[column]
+    values = ids.to_numpy()
+    if values.dtype.kind not in "iu":
+        kind = "missing values" if ids.null_count else f"{ids.type} values, such as {ids[0].as_py()!r}"
+        raise ValueError(
+            f"the column `{column}` must hold integers (collators drop strings), got {kind}. "
+            "Keep it under another name and add ids: hf_mimic.data.add_sample_ids(dataset)."
+        )
+    unique, counts = np.unique(values, return_counts=True)
+    if len(unique) < len(values):
+        raise ValueError(
+            f"the column `{column}` must hold unique ids, got {int((counts - 1).sum())} repeated, such as "
+            f"{unique[counts.argmax()]} ({counts.max()} times). Add ids after concatenating: remove the column, then "
+            "hf_mimic.data.add_sample_ids(dataset)."
+        )
+    return values.astype(np.int64)
+
+
+class SampleIdDataset(torch.utils.data.Dataset):
+    """A map-style view of a data set with a transform, whose items carry the id that the transform may have dropped.
+
+    It also names the row of an item that cannot be read, a corrupt image for instance.
+    """
+
+    def __init__(self, dataset: Dataset, ids: np.ndarray | None, column: str = SAMPLE_ID) -> None:
+        self.dataset, self.ids, self.column = dataset, ids, column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            batch = self.dataset.__getitems__(list(indices))
+        except (OSError, SyntaxError) as error:
+            raise self._named(indices) from error
+        if self.ids is None:
+            return batch
+        return [{**item, self.column: int(self.ids[i])} for i, item in zip(indices, batch, strict=True)]
+
+    def _named(self, indices: Sequence[int]) -> Exception:
+        for index in indices:
+            try:
+                self.dataset[int(index)]
+            except (OSError, SyntaxError) as error:
+                name = "" if self.ids is None else f" ({self.column} {self.ids[index]})"
+                return ValueError(
+                    f"every image must decode; row {index}{name} does not: {error}. "
+                    "Drop it (hf_mimic.data.drop_unreadable, or --on_error skip)."
+                )
+        return ValueError("a row could not be read, but each could on a second try; look at the disk or the network.")
+
+
+class SampleIdCollator:
+    """Collate with any collator and put the ids back: it need not know them."""
+
+    def __init__(self, collator: Callable, column: str = SAMPLE_ID) -> None:
+        self.collator, self.column = collator, column
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the collator's batch with `sample_id` (B,), int64, if the examples have it."""
+        if not isinstance(examples[0], Mapping):
+            raise TypeError(f"an example must be a dict with `{self.column}`, got {type(examples[0]).__name__}.")
+        if self.column not in examples[0]:
+            return self.collator(list(examples))
+        ids = torch.tensor([int(example[self.column]) for example in examples])
+        rest = [{key: value for key, value in example.items() if key != self.column} for example in examples]
+        return {**self.collator(rest), self.column: ids}
+
+
+def drop_unreadable(dataset: Dataset, column: str) -> tuple[Dataset, list[int]]:
+    """Decode every image once; return the data set without the rows that do not, and those rows."""
+    from tqdm.auto import tqdm
+
+    bad = []
+    plain = dataset.with_format(None).select_columns([column])
+    for row in tqdm(range(len(plain)), desc="decoding images", leave=False):
+        try:
+            plain[row]
+        except (OSError, SyntaxError):
+            bad.append(row)
+    if not bad:
+        return dataset, bad
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad)), bad
+
+
+def add_label_noise(
+    dataset: Dataset, rate: float, *, seed: int, column: str = "label", clean: str = "clean_label"
+) -> Dataset:
+    """Replace the labels of a share of the rows by another class, evenly; keep the true ones in a new column.
+
+    Args:
+        dataset: N rows with a `ClassLabel` column.
+        rate: Share of wrong labels, in [0, 1).
+        seed: Of the choice.
+        column: The label column.
+        clean: Name of the new column with the true labels.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"`rate` must be in [0, 1), got {rate}. Use 0.4 for 40 % wrong labels.")
+    generator = np.random.default_rng(seed)
+    labels = np.asarray(dataset.with_format("numpy")[column])
+    classes = dataset.features[column].num_classes
+    wrong = generator.permutation(len(labels))[: round(rate * len(labels))]
+    noisy = labels.copy()
+    noisy[wrong] = (labels[wrong] + generator.integers(1, classes, len(wrong))) % classes
+    feature = dataset.features[column]
+    dataset = dataset.rename_column(column, clean)
+    return dataset.add_column(column, noisy, feature=feature)
+
+
+def load_rows(name: str, split: str = "train") -> Dataset:
+    """Load one split of a Hub data set, a folder (images, Parquet, or `save_to_disk`'s), or a single data file.
+
+    Raises:
+        ValueError: If the file's kind is unknown.
+    """
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    if path.is_file():
+        kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+        if path.suffix not in kinds:
+            raise ValueError(f"a data file must end in {', '.join(kinds)}, got {name}.")
+        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = load_from_disk(name)
+        return loaded[split] if isinstance(loaded, DatasetDict) else cast(Dataset, loaded)
+    return load_dataset(name, split=split)
+
+
+def with_class_labels(dataset: Dataset, column: str) -> Dataset:
+    """Return the data set with `column` as a `ClassLabel`; strings and integers are encoded.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    from datasets import ClassLabel
+
+    if column not in dataset.column_names:
+        raise ValueError(f"the data set must have the column {column!r}, got {', '.join(dataset.column_names)}.")
+    if isinstance(dataset.features[column], ClassLabel):
+        return dataset
+    return dataset.class_encode_column(column)
+
+
+def with_image_transform(dataset: Dataset, processor: Any, image: str = "image", label: str = "label") -> Dataset:
+    """Return the data set with a lazy transform to `pixel_values` (by the model's processor) and `labels`."""
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        inputs = processor([picture.convert("RGB") for picture in batch[image]], return_tensors="pt")
+        return {"pixel_values": inputs["pixel_values"], "labels": batch[label]}
+
+    missing = [column for column in (image, label) if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"the data set must have the columns {image!r} and {label!r}, got {', '.join(dataset.column_names)}. "
+            "Name yours with --image_column and --label_column."
+        )
+    return dataset.with_transform(transform)

@@ -1,0 +1,82 @@
+"""Stage 2: scores in, keep mask out, with scikit-learn's contract: `fit`, `predict`, `fit_predict`, `get_params`.
+
+`ThresholdFilter` is the papers' `1/b` rule, voted over the epochs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator
+
+from hf_mimic.scores import ScoreTable
+
+
+class ThresholdFilter(BaseEstimator):
+    """Keep a sample whose relative weight reaches a threshold at most of its visits.
+
+    A visit votes to keep if w * b >= threshold; a visit without a weight abstains. Most votes win, a tie goes to the
+    mean weight, and a sample without any vote is kept: there is no evidence against it.
+
+    NOTE: the papers' threshold w >= 1/b is the batch's mean, so about half of a clean data set falls below it. It
+    separates two groups where there are two; it does not find out whether there are.
+
+    Args:
+        threshold: In units of the uniform weight; 1.0 is the papers' 1/b.
+
+    References:
+        Mimic Score, arXiv 2501.06708, stage 2.
+    """
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        self.threshold = threshold
+
+    def fit(self, scores: ScoreTable | np.ndarray, y: Any = None) -> ThresholdFilter:
+        """Check the parameters; nothing is learned.
+
+        Args:
+            scores: What `predict` takes.
+            y: Not used.
+        """
+        if not np.isfinite(self.threshold) or self.threshold < 0:
+            raise ValueError(f"`threshold` must be a number >= 0, got {self.threshold}. Use 1.0 for the papers' 1/b.")
+        self.threshold_ = float(self.threshold)
+        return self
+
+    def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
+        """Return what to keep.
+
+        Args:
+            scores: A `ScoreTable`, or relative weights (N,) or (N, T) for T visits, NaN where a visit has none.
+
+        Returns:
+            Booleans (N,); for a table in the order of `scores.aggregate()`.
+        """
+        samples, weights, size = _visits(scores)
+        known = ~np.isnan(weights)
+        if not known.any():
+            raise ValueError(
+                "the threshold filter must have relative weights, got none: they are recorded in training, a frozen scoring "
+                "pass has only `mimic_score`. Filter that column instead, for instance by `s > 0`."
+            )
+        samples, weights = samples[known], weights[known]
+        votes = np.bincount(samples, minlength=size)
+        keep = np.bincount(samples, weights >= self.threshold_, minlength=size)
+        mean = np.bincount(samples, weights, minlength=size) / np.maximum(votes, 1)
+        return np.where(2 * keep == votes, (mean >= self.threshold_) | (votes == 0), 2 * keep > votes)
+
+    def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
+        """Return `fit(scores).predict(scores)`."""
+        return self.fit(scores).predict(scores)
+
+
+def _visits(scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the sample index and the relative weight of every visit, and the number of samples."""
+    if isinstance(scores, ScoreTable):
+        rows = scores.to_arrow()
+        ids, samples = np.unique(rows["sample_id"].to_numpy(), return_inverse=True)
+        return samples, rows["relative_weight"].to_numpy().astype(float), len(ids)
+    matrix = np.asarray(scores, dtype=float)
+    matrix = matrix[:, None] if matrix.ndim == 1 else matrix
+    return np.repeat(np.arange(len(matrix)), matrix.shape[1]), matrix.ravel(), len(matrix)

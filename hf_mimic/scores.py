@@ -1,0 +1,239 @@
+"""The score table: one row per visit of a sample, kept as Parquet shards; and scores as columns of a data set.
+
+Read `ScoreTable` (record, flush, load, aggregate), then `attach_scores`. A value that is not known is null, never 0.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from hf_mimic.data import read_sample_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("epoch", pa.int32()),
+        ("step", pa.int64()),
+        ("loss", pa.float32()),
+        ("mimic_score", pa.float32()),
+        ("relative_weight", pa.float32()),
+    ]
+)
+VALUES = ("mimic_score", "relative_weight", "loss")
+
+
+class ScoreTable:
+    """Scores of samples, one row per visit.
+
+    `relative_weight` is w * b, the weight in units of the uniform one: 1 is average, whatever the batch size.
+
+    Args:
+        folder: Where `flush` writes shards and from where earlier ones are read; without it, rows stay in memory.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._buffer: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ScoreTable:
+        """Open the table in a folder of Parquet shards.
+
+        Raises:
+            FileNotFoundError: If the folder holds no shard.
+        """
+        table = cls(folder)
+        if not table._shards():
+            raise FileNotFoundError(
+                f"{folder} must hold the score shards (*.parquet) of a run, found none. "
+                "Give <output_dir>/scores of a MimicTrainer, or what `hf-mimic score` wrote."
+            )
+        return table
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> ScoreTable:
+        """Make a table of rows that are at hand; absent columns are null."""
+        result = cls()
+        columns = [
+            table[n] if n in table.column_names else pa.nulls(len(table), SCHEMA.field(n).type) for n in SCHEMA.names
+        ]
+        result._tables.append(pa.table(columns, names=SCHEMA.names).cast(SCHEMA))
+        return result
+
+    def record(self, sample_id: Any, *, epoch: int, step: int, **values: Any) -> None:
+        """Add one visit of each of B samples; tensors are not moved to the CPU before `flush` or a read.
+
+        Args:
+            sample_id: Integers (B,).
+            epoch: Of the visit.
+            step: Optimizer step of the visit.
+            **values: `loss`, `mimic_score`, `relative_weight`: (B,) each; NaN is stored as null.
+        """
+        unknown = set(values) - set(VALUES)
+        if unknown:
+            raise ValueError(f"a score column must be one of {', '.join(VALUES)}, got {', '.join(sorted(unknown))}.")
+        self._buffer.append({"sample_id": sample_id, "epoch": epoch, "step": step, **values})
+
+    def flush(self, rank: int = 0) -> Path | None:
+        """Write the rows recorded since the last call as one shard; return its path, None if there were none."""
+        self._collect()
+        if self.folder is None or not self._tables:
+            return None
+        rows = pa.concat_tables(self._tables)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        steps = rows["step"].to_numpy()
+        path = self.folder / f"steps-{steps.min():08d}-{steps.max():08d}-rank-{rank:05d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            pq.write_table(rows, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._tables.clear()
+        return path
+
+    def set_aside(self) -> Path | None:
+        """Move the shards of an earlier run out of the way, to `<folder>-1`, `-2` ...; return where they went."""
+        self._buffer.clear()
+        self._tables.clear()
+        if self.folder is None or not self._shards():
+            return None
+        number = 1
+        while (target := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
+            number += 1
+        return self.folder.rename(target)
+
+    def to_arrow(self) -> pa.Table:
+        """Return all rows, ordered by step; of rows with the same sample and step (a resumed run), the last one."""
+        self._collect()
+        tables = [pq.read_table(path, schema=SCHEMA) for path in self._shards()] + self._tables
+        rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        keys = np.stack([rows["step"].to_numpy(), rows["sample_id"].to_numpy()])
+        order = np.lexsort(keys[::-1])  # stable: later shards last
+        same = (keys[:, order][:, 1:] == keys[:, order][:, :-1]).all(0)
+        return rows.take(pa.array(order[np.append(~same, True)] if len(order) else order))
+
+    def to_dataset(self) -> Dataset:
+        """Return the rows as a `datasets.Dataset`."""
+        from datasets import Dataset
+
+        return Dataset(self.to_arrow())
+
+    def aggregate(self) -> pa.Table:
+        """Return one row per sample, ordered by id: the mean of each value over its visits, and `n_visits`.
+
+        `n_visits` counts the visits that gave a score; a mean over no value is null.
+        """
+        wanted = [(name, "mean") for name in VALUES] + [("mimic_score", "count")]
+        grouped = self.to_arrow().group_by("sample_id").aggregate(wanted).sort_by("sample_id")
+        columns = [grouped[f"{name}_mean"].cast(pa.float32()) for name in VALUES]
+        return pa.table(
+            [grouped["sample_id"], *columns, grouped["mimic_score_count"]], names=["sample_id", *VALUES, "n_visits"]
+        )
+
+    def __len__(self) -> int:
+        return len(self.to_arrow())
+
+    def _shards(self) -> list[Path]:
+        """Return the shards, oldest first: when rows repeat, those written later win."""
+        files = list(self.folder.glob("*.parquet")) if self.folder is not None else []
+        return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+    def _collect(self) -> None:
+        if self._buffer:
+            self._tables.append(pa.concat_tables([_rows(visit) for visit in self._buffer]))
+            self._buffer = []
+
+
+def _rows(visit: Mapping[str, Any]) -> pa.Table:
+    ids = _numpy(visit["sample_id"]).reshape(-1)
+    columns = []
+    for name in SCHEMA.names:
+        value = visit.get(name)
+        if value is None:
+            column = pa.nulls(len(ids), SCHEMA.field(name).type)
+        else:
+            column = pa.array(np.broadcast_to(_numpy(value), ids.shape), from_pandas=True)
+        columns.append(column.cast(SCHEMA.field(name).type))
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _numpy(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    return np.asarray(value)
+
+
+def attach_scores(
+    dataset: Dataset,
+    table: ScoreTable,
+    *,
+    keep: Sequence[bool] | np.ndarray | None = None,
+    sample_id_column: str = "sample_id",
+) -> Dataset:
+    """Return the data set with the columns `mimic_score`, `relative_weight`, `loss`, `n_visits`, and `keep` if given.
+
+    No image is decoded. Rows are joined by id; a row without a score gets null and `n_visits` 0.
+
+    Args:
+        dataset: N rows with an integer id column.
+        table: Scores of some or all of these samples.
+        keep: What a filter's `predict(table)` returned: one value per sample of `table.aggregate()`.
+        sample_id_column: Name of the id column.
+
+    Raises:
+        ValueError: If a column of that name is already there, no id matches, or `keep` has another length.
+    """
+    scores = table.aggregate()
+    names = [*VALUES, "n_visits", *([] if keep is None else ["keep"])]
+    taken = [name for name in names if name in dataset.column_names]
+    if taken:
+        raise ValueError(
+            f"the data set must not have the columns {', '.join(taken)} yet. "
+            f"Remove them first: dataset.remove_columns({taken})."
+        )
+    if keep is not None:
+        if len(keep) != len(scores):
+            raise ValueError(f"`keep` must have one value per scored sample, {len(scores)}, got {len(keep)}.")
+        scores = scores.append_column("keep", pa.array(np.asarray(keep, dtype=bool)))
+    place = _places(dataset, scores, sample_id_column)
+    for name in names:
+        column = scores[name].combine_chunks().take(place)
+        dataset = dataset.add_column(name, column.fill_null(0) if name == "n_visits" else column)
+    return dataset
+
+
+def _places(dataset: Dataset, scores: pa.Table, sample_id_column: str) -> pa.Array:
+    """Return the row of `scores` that belongs to each row of the data set, null where there is none."""
+    ids, known = read_sample_ids(dataset, sample_id_column), scores["sample_id"].to_numpy()
+    place = np.searchsorted(known, ids).clip(max=max(len(known) - 1, 0))
+    missing = known[place] != ids if len(known) else np.ones(len(ids), dtype=bool)
+    unscored = int(
+        missing.sum() + pa.compute.is_null(scores["mimic_score"].take(pa.array(place[~missing]))).to_numpy().sum()
+    )
+    if len(ids) and missing.all():
+        raise ValueError(
+            f"no `{sample_id_column}` of the data set is in the score table ({len(ids)} rows, {len(known)} scored "
+            "samples). Use the data set that was trained on, with the ids it had then."
+        )
+    if unscored:
+        warnings.warn(
+            f"{unscored} of {len(ids)} rows have no mimic score: null, not 0. A filter must say what becomes of them, "
+            "for instance `lambda s: s is not None and s > 0`.",
+            stacklevel=3,
+        )
+    return pa.array(place, mask=missing)

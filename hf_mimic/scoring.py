@@ -1,0 +1,78 @@
+"""Score a whole data set with a frozen model: a `ScoreTable` without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
+from hf_mimic.losses import PerSampleLoss, loss_for_model
+from hf_mimic.mimic import mimic_forward
+from hf_mimic.scores import ScoreTable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@torch.no_grad()
+def score_dataset(
+    model: nn.Module,
+    dataset: Dataset,
+    direction: Mapping[str, Tensor],
+    *,
+    loss_fn: PerSampleLoss | None = None,
+    data_collator: Callable | None = None,
+    batch_size: int = 32,
+    sample_id_column: str = SAMPLE_ID,
+    **loader_options: Any,
+) -> ScoreTable:
+    """Score every sample with the model as it is, at about the cost of one forward pass over the data set.
+
+    All samples see the same weights, so their scores can be ranked against each other; scores recorded in training
+    cannot, across steps. There are no relative weights: nothing was trained.
+
+    Args:
+        model: The student, on its device; it runs in eval mode.
+        dataset: Rows as the model takes them (or with a transform that makes them so), with unique integer ids.
+        direction: Parameter name to v, from `reference_direction`.
+        loss_fn: (outputs, batch) -> (B,); by default the loss that the model is trained with.
+        data_collator: By default transformers' `default_data_collator`.
+        batch_size: Samples per forward pass; contrastive losses depend on it.
+        sample_id_column: Name of the id column.
+        **loader_options: Of the `DataLoader`, `num_workers` for instance.
+
+    Returns:
+        One row per sample, in memory.
+
+    Raises:
+        ValueError: If ids are missing or repeated, or an image does not decode (its row is named).
+    """
+    from tqdm.auto import tqdm
+    from transformers import default_data_collator
+
+    collate = SampleIdCollator(data_collator or default_data_collator, sample_id_column)
+    loader = torch.utils.data.DataLoader(
+        SampleIdDataset(dataset, read_sample_ids(dataset, sample_id_column), sample_id_column),
+        batch_size=batch_size,
+        collate_fn=collate,
+        **loader_options,
+    )
+    loss_fn = loss_fn or loss_for_model(model)
+    device = next(model.parameters()).device
+    table, training = ScoreTable(), model.training
+    model.eval()
+    try:
+        for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):
+            ids = batch.pop(sample_id_column)
+            forward = mimic_forward(model, _to(batch, device), direction, loss_fn)
+            table.record(ids, epoch=0, step=step, loss=forward.losses, mimic_score=forward.scores)
+    finally:
+        model.train(training)
+    return table
+
+
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
