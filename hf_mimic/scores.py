@@ -87,6 +87,10 @@ class ScoreTable:
             raise ValueError(f"a score column must be one of {', '.join(VALUES)}, got {', '.join(sorted(unknown))}.")
         self._buffer.append({"sample_id": sample_id, "epoch": epoch, "step": step, **values})
 
+    def extend(self, other: ScoreTable) -> None:
+        """Add all rows of another table."""
+        self._tables.append(other.to_arrow())
+
     def flush(self, rank: int = 0) -> Path | None:
         """Write the rows recorded since the last call as one shard; return its path, None if there were none."""
         self._collect()

@@ -1,0 +1,80 @@
+"""`hf-mimic COMMAND --help`: flags from the dataclasses in commands.py, values from `--config file.yaml` too.
+
+Exit code 0, 1 (a failure, with one line that says what to do) or 2 (wrong use).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_mimic.commands import COMMANDS
+
+
+def parse(command: str, argv: Sequence[str]) -> list[Any]:
+    """Return the command's dataclasses, filled from `--config file.yaml` and then from the flags."""
+    from transformers import HfArgumentParser
+
+    types = COMMANDS[command][1]()
+    parser = HfArgumentParser(types, prog=f"hf-mimic {command}", description=inspect.getdoc(COMMANDS[command][0]))
+    described = {name: text for kind in types for name, text in _argument_docs(kind).items()}
+    for action in parser._actions:
+        action.help = action.help or described.get(action.dest)
+    parser.add_argument("--config", help="YAML file with values for these flags; flags on the command line win.")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
+    if path is not None:
+        _apply_config(parser, path)
+    return list(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False))[: len(types)]
+
+
+def _apply_config(parser: argparse.ArgumentParser, path: str) -> None:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    actions = {action.dest: action for action in parser._actions}
+    for name in values:
+        if name not in actions:
+            close = difflib.get_close_matches(str(name), actions, n=1)
+            parser.error(f"--config {path}: unknown key {name!r}{f', did you mean {close[0]!r}?' if close else ''}")
+        actions[name].required = False
+    parser.set_defaults(**values)
+
+
+def _argument_docs(kind: type) -> dict[str, str]:
+    """Return name to description from the `Args:` section of a dataclass's docstring."""
+    doc = inspect.getdoc(kind) or ""
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", doc, re.M)
+    entries = re.findall(r"^ {4}(\w+): ((?:.*)(?:\n {8}.*)*)", section.group(1) if section else "", re.M)
+    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in entries}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {name:<8}{inspect.getdoc(run)}" for name, (run, _) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-mimic",
+        description=f"commands:\n{listed}\n\n`hf-mimic COMMAND --help` lists a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv[:1] or ["--help"])
+    options = parse(argv[0], argv[1:])
+    try:
+        print(COMMANDS[argv[0]][0](*options))
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        print(f"hf-mimic {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
