@@ -5,17 +5,20 @@ Read `add_sample_ids`; `SampleIdDataset` and `SampleIdCollator` are how the trai
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SAMPLE_ID = "sample_id"
+_UNREADABLE = (OSError, SyntaxError, DecompressionBombError)  # what PIL raises on broken files
 
 
 def add_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> Dataset:
@@ -45,7 +48,7 @@ def read_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> np.ndarray:
         )
     if len(dataset) == 0:
         raise ValueError("the data set must have at least one row, got none. Look at the filter or split before it.")
-    ids = dataset.with_format("arrow")[:][column] if dataset._indices is not None else dataset.data[column]
+    ids = dataset.select_columns(column).with_format("arrow")[:][column]
     values = ids.to_numpy()
     if values.dtype.kind not in "iu":
         kind = "missing values" if ids.null_count else f"{ids.type} values, such as {ids[0].as_py()!r}"
@@ -81,7 +84,7 @@ class SampleIdDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             batch = self.dataset.__getitems__(list(indices))
-        except (OSError, SyntaxError) as error:
+        except _UNREADABLE as error:
             raise self._named(indices) from error
         if self.ids is None:
             return batch
@@ -91,7 +94,7 @@ class SampleIdDataset(torch.utils.data.Dataset):
         for index in indices:
             try:
                 self.dataset[int(index)]
-            except (OSError, SyntaxError) as error:
+            except _UNREADABLE as error:
                 name = "" if self.ids is None else f" ({self.column} {self.ids[index]})"
                 return ValueError(
                     f"every image must decode; row {index}{name} does not: {error}. "
@@ -112,9 +115,15 @@ class SampleIdCollator:
             raise TypeError(f"an example must be a dict with `{self.column}`, got {type(examples[0]).__name__}.")
         if self.column not in examples[0]:
             return self.collator(list(examples))
-        ids = torch.tensor([int(example[self.column]) for example in examples])
+        ids = torch.tensor([self._integer(example[self.column]) for example in examples])
         rest = [{key: value for key, value in example.items() if key != self.column} for example in examples]
         return {**self.collator(rest), self.column: ids}
+
+    def _integer(self, value: Any) -> int:
+        try:
+            return operator.index(value)
+        except TypeError:
+            raise TypeError(f"`{self.column}` must be an integer, got {value!r}.") from None
 
 
 def drop_unreadable(dataset: Dataset, column: str) -> tuple[Dataset, list[int]]:
@@ -126,7 +135,7 @@ def drop_unreadable(dataset: Dataset, column: str) -> tuple[Dataset, list[int]]:
     for row in tqdm(range(len(plain)), desc="decoding images", leave=False):
         try:
             plain[row]
-        except (OSError, SyntaxError):
+        except _UNREADABLE:
             bad.append(row)
     if not bad:
         return dataset, bad
@@ -139,7 +148,7 @@ def add_label_noise(
     """Replace the labels of a share of the rows by another class, evenly; keep the true ones in a new column.
 
     Args:
-        dataset: N rows with a `ClassLabel` column.
+        dataset: N rows; labels are taken as by `with_class_labels`.
         rate: Share of wrong labels, in [0, 1).
         seed: Of the choice.
         column: The label column.
@@ -147,6 +156,7 @@ def add_label_noise(
     """
     if not 0 <= rate < 1:
         raise ValueError(f"`rate` must be in [0, 1), got {rate}. Use 0.4 for 40 % wrong labels.")
+    dataset = with_class_labels(dataset, column)
     generator = np.random.default_rng(seed)
     labels = np.asarray(dataset.with_format("numpy")[column])
     classes = dataset.features[column].num_classes
@@ -178,19 +188,41 @@ def load_rows(name: str, split: str = "train") -> Dataset:
     return load_dataset(name, split=split)
 
 
-def with_class_labels(dataset: Dataset, column: str) -> Dataset:
-    """Return the data set with `column` as a `ClassLabel`; strings and integers are encoded.
+def with_class_labels(dataset: Dataset, column: str, names: Sequence[str] | None = None) -> Dataset:
+    """Return the data set with `column` as a `ClassLabel`.
+
+    Args:
+        dataset: N rows.
+        column: Class labels, integers or strings.
+        names: The classes in their order, those of the training data for instance; by default the column's own:
+            integers stay as they are, anything else is numbered in sorted order.
 
     Raises:
-        ValueError: If there is no such column.
+        ValueError: If there is no such column, or a label is missing or not one of `names`.
     """
     from datasets import ClassLabel
 
     if column not in dataset.column_names:
         raise ValueError(f"the data set must have the column {column!r}, got {', '.join(dataset.column_names)}.")
-    if isinstance(dataset.features[column], ClassLabel):
+    feature = dataset.features[column]
+    encoded = isinstance(feature, ClassLabel)
+    if encoded and (names is None or list(names) == feature.names):
         return dataset
-    return dataset.class_encode_column(column)
+    values = dataset.with_format(None)[column][:]
+    if None in values:
+        raise ValueError(f"every row must have a label in `{column}`, got {values.count(None)} without. Drop them.")
+    labels = feature.int2str(values) if encoded else list(map(str, values))
+    if names is None:
+        counted = all(type(value) is int and value >= 0 for value in values)
+        names = list(map(str, range(max(values) + 1))) if counted else sorted(set(labels))
+    unknown = sorted(set(labels) - set(names))
+    if unknown:
+        raise ValueError(f"every label in `{column}` must be one of {', '.join(names)}, got {', '.join(unknown)}.")
+    place = {name: i for i, name in enumerate(names)}
+    numbers = [place[label] for label in labels]
+    old = f"{column} as given"  # removed last: a data set without columns would have no rows
+    dataset = dataset.rename_column(column, old)
+    return dataset.add_column(column, numbers, feature=ClassLabel(names=list(names))).remove_columns(old)
 
 
 def with_image_transform(dataset: Dataset, processor: Any, image: str = "image", label: str = "label") -> Dataset:

@@ -61,10 +61,11 @@ class ThresholdFilter(BaseEstimator):
                 "pass has only `mimic_score`. Filter that column instead, for instance by `s > 0`."
             )
         samples, weights = samples[known], weights[known]
+        least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
         votes = np.bincount(samples, minlength=size)
-        keep = np.bincount(samples, weights >= self.threshold_, minlength=size)
+        keep = np.bincount(samples, weights >= least, minlength=size)
         mean = np.bincount(samples, weights, minlength=size) / np.maximum(votes, 1)
-        return np.where(2 * keep == votes, (mean >= self.threshold_) | (votes == 0), 2 * keep > votes)
+        return np.where(2 * keep == votes, (mean >= least) | (votes == 0), 2 * keep > votes)
 
     def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
         """Return `fit(scores).predict(scores)`."""

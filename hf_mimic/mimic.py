@@ -6,7 +6,8 @@ training forward that also scores) and `mimic_scores` (the same without training
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +126,13 @@ def mimic_forward(
         loss_fn: (outputs, batch) -> (B,).
 
     Raises:
-        ValueError: If no chosen parameter influences the losses, or `loss_fn` returns another shape.
+        ValueError: If the direction does not fit the model, no chosen parameter influences the losses, or `loss_fn`
+            returns another shape.
         NotImplementedError: If a function behind the chosen parameters has no forward-mode derivative.
     """
-    norm = direction_norm(direction)
     named = dict(model.named_parameters(remove_duplicate=False))
+    _check_direction(direction, named)
+    norm = direction_norm(direction)
     tangents = {name: v.to(named[name].dtype) for name, v in direction.items()}
     grad = torch.is_grad_enabled()
     # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
@@ -153,6 +156,16 @@ def mimic_forward(
     return MimicForward(losses, scores.detach(), outputs, norm)
 
 
+def _check_direction(direction: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, v in direction.items() if name not in named or v.shape != named[name].shape]
+    if wrong or not direction:
+        raise ValueError(
+            f"the direction must hold one tensor per chosen parameter of this model, in its shape, got {len(direction)} "
+            f"of which {len(wrong)} do not fit{': ' * bool(wrong)}{', '.join(wrong[:3])}. Compute it by "
+            "`reference_direction` with the model as it is scored (after PEFT wrapped it)."
+        )
+
+
 @torch.no_grad()
 def mimic_scores(
     model: nn.Module, batch: Mapping[str, Any], direction: Mapping[str, Tensor], loss_fn: PerSampleLoss | None = None
@@ -173,9 +186,17 @@ def mimic_scores(
     References:
         Mimic Score, arXiv 2501.06708.
     """
-    training = model.training
+    with eval_mode(model):
+        return mimic_forward(model, batch, direction, loss_fn or loss_for_model(model)).scores
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is in eval mode; afterwards every module is in its own (BatchNorm may be frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return mimic_forward(model, batch, direction, loss_fn or loss_for_model(model)).scores
+        yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training

@@ -14,8 +14,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    file_exists,
+    hf_hub_download,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -45,17 +51,30 @@ def read_tensors(
         ValueError: If tensors are missing or have another shape (all are listed), or labels are ordered differently.
         FileNotFoundError: If there is no safetensors file.
     """
-    names = list(names)
+    names, aliases = list(names), _aliases(model)
+    wanted = [alias for name in names for alias in aliases[name]]
     if isinstance(reference, (str, Path)):
         check_labels(model, read_config(reference, revision=revision), str(reference))
-        found = _read_files(reference, model, names, revision)
+        found = _read_files(reference, model, wanted, revision)
     else:
+        source = reference if isinstance(reference, nn.Module) else model
         if isinstance(reference, nn.Module):
             check_labels(model, getattr(getattr(reference, "config", None), "to_dict", dict)(), "the reference")
             reference = dict(reference.named_parameters(remove_duplicate=False))
-        found = {name: reference[name].detach() for name in names if name in reference}
+        stored = {_without_peft(name, source): tensor.detach() for name, tensor in reference.items()}
+        found = {name: stored[_without_peft(name, model)] for name in wanted if _without_peft(name, model) in stored}
+    found = {name: found[alias] for name in names for alias in reversed(aliases[name]) if alias in found}
     _check_shapes(found, model, names, reference if isinstance(reference, (str, Path)) else "the reference")
     return found
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return parameter name to all names of that parameter, its own first: a checkpoint stores a tied one once."""
+    by_id: dict[int, list[str]] = defaultdict(list)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named.items():
+        by_id[id(parameter)].append(name)
+    return {name: sorted(by_id[id(p)], key=lambda alias: alias != name) for name, p in named.items()}
 
 
 def read_config(reference: str | Path, *, revision: str | None = None) -> dict[str, Any]:
@@ -107,10 +126,23 @@ def _find(reference: str | Path, name: str, revision: str | None) -> Path | None
     if Path(reference).is_dir():
         path = Path(reference) / name
         return path if path.is_file() else None
+    if isinstance(reference, Path) or reference.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"the reference must be a Hub repo id or a folder, {reference} does not exist.")
     try:
-        return Path(hf_hub_download(str(reference), name, revision=revision))
+        return Path(hf_hub_download(reference, name, revision=revision))
+    except LocalEntryNotFoundError:  # the Hub could not be asked
+        if is_offline_mode() or try_to_load_from_cache(reference, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise
     except EntryNotFoundError:
         return None
+
+
+def _exists(reference: str | Path, name: str, revision: str | None) -> bool:
+    """Return whether a folder or Hub repo has a file, without downloading it."""
+    if Path(reference).is_dir():
+        return (Path(reference) / name).is_file()
+    return not is_offline_mode() and file_exists(str(reference), name, revision=revision)
 
 
 def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, str]:
@@ -123,7 +155,7 @@ def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, st
         if path is not None:
             with _open(path) as file:
                 return dict.fromkeys(file.keys(), name)
-    pickles = [name for name in _PICKLES if _find(reference, name, revision)]
+    pickles = [name for name in _PICKLES if _exists(reference, name, revision)]
     if pickles:
         raise FileNotFoundError(
             f"the reference must have safetensors weights, {reference} has only {pickles[0]}, and reading that would "
@@ -170,7 +202,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
 def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[str], list[str]]]:
     """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
     own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    plain = {_without_peft(name): name for name in own}
+    plain = {_without_peft(name, model): name for name in own}
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}
     steps: list[tuple[Any, list[str], list[str]]] = [(None, [name], [key]) for key, name in direct.items()]
@@ -183,11 +215,13 @@ def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[s
     return steps
 
 
-def _without_peft(name: str) -> str:
-    """Return the name that a parameter has without PEFT's wrapping and adapter name."""
+def _without_peft(name: str, model: Any = None) -> str:
+    """Return the name that a parameter has without PEFT's wrapping and the names of the model's adapters."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
-    return re.sub(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.[^.]+(?=\.|$)", r".\1", name)
+    for adapter in getattr(model, "peft_config", ()):
+        name = re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", "", name)
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def _transformers_names(model: PreTrainedModel, stored: list[str], own: list[str]) -> list[tuple]:

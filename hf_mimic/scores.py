@@ -80,7 +80,7 @@ class ScoreTable:
             sample_id: Integers (B,).
             epoch: Of the visit.
             step: Optimizer step of the visit.
-            **values: `loss`, `mimic_score`, `relative_weight`: (B,) each; NaN is stored as null.
+            **values: `loss`, `mimic_score`, `relative_weight`: (B,) each; NaN and infinity are stored as null.
         """
         unknown = set(values) - set(VALUES)
         if unknown:
@@ -100,6 +100,8 @@ class ScoreTable:
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = rows["step"].to_numpy()
         path = self.folder / f"steps-{steps.min():08d}-{steps.max():08d}-rank-{rank:05d}.parquet"
+        if path.exists():  # other samples of the same steps
+            rows = pa.concat_tables([pq.read_table(path, schema=SCHEMA), rows])
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             pq.write_table(rows, file, compression="zstd")
@@ -170,7 +172,8 @@ def _rows(visit: Mapping[str, Any]) -> pa.Table:
         if value is None:
             column = pa.nulls(len(ids), SCHEMA.field(name).type)
         else:
-            column = pa.array(np.broadcast_to(_numpy(value), ids.shape), from_pandas=True)
+            known = np.broadcast_to(_numpy(value), ids.shape)
+            column = pa.array(known, mask=~np.isfinite(known))
         columns.append(column.cast(SCHEMA.field(name).type))
     return pa.table(columns, schema=SCHEMA)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.losses import PerSampleLoss, loss_for_model
-from hf_mimic.mimic import mimic_forward
+from hf_mimic.mimic import eval_mode, mimic_forward
 from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
@@ -62,15 +62,12 @@ def score_dataset(
     )
     loss_fn = loss_fn or loss_for_model(model)
     device = next(model.parameters()).device
-    table, training = ScoreTable(), model.training
-    model.eval()
-    try:
+    table = ScoreTable()
+    with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):
             ids = batch.pop(sample_id_column)
             forward = mimic_forward(model, _to(batch, device), direction, loss_fn)
             table.record(ids, epoch=0, step=step, loss=forward.losses, mimic_score=forward.scores)
-    finally:
-        model.train(training)
     return table
 
 

@@ -7,6 +7,7 @@ Everything else is re-evaluated once on `torch.autograd.forward_ad` duals. Nothi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ _LINEAR = (
     "gather index_select avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d"
 )
 _PRODUCT = "matmul __matmul__ __rmatmul__ bmm mm mul __mul__ __rmul__"
+_MULTIPLY = frozenset((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__))
 _SUM = "add __add__ __radd__ sub __sub__"
 _AFFINE = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 _CONTIGUOUS = (F.group_norm, torch.group_norm)
@@ -77,7 +79,7 @@ def function_tangent(
 
 
 # Python functions pass some of their arguments on by name: rules see them all by position.
-_SIGNATURES = {func: inspect.signature(func) for func in (F.batch_norm, F.layer_norm, F.embedding)}
+_SIGNATURES = {func: inspect.signature(func) for func in (F.batch_norm, F.layer_norm, F.embedding, F.dropout)}
 
 
 def _by_position(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -143,10 +145,9 @@ def _product(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out:
     if len(primals) != 2 or kwargs:
         return NotImplemented
     (a, b), (da, db) = primals, tangents
-    parts = [func(da, b)] if isinstance(da, Tensor) else []
-    if isinstance(db, Tensor):
-        parts.append(func(a, db))
-    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    if not isinstance(da, Tensor) or not isinstance(db, Tensor):
+        return func(da, b) if isinstance(da, Tensor) else func(a, db)
+    return func(da, b).addcmul_(a, db) if func in _MULTIPLY else func(da, b).add_(func(a, db))
 
 
 def _sum(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
@@ -165,16 +166,17 @@ def _affine(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: 
     x, weight = primals[:2]
     dx, dweight = tangents[:2]
     dbias = tangents[2] if len(tangents) > 2 else None
-    tangent = None if dx is None else func(dx, weight, None, *primals[3:], **_without_bias(kwargs))
+    rest, kwargs = primals[3:], {key: value for key, value in kwargs.items() if key != "bias"}
     if dweight is None and dbias is None:
-        return tangent
+        return func(dx, weight, None, *rest, **kwargs)
     dweight = torch.zeros_like(weight) if dweight is None else dweight
-    own = func(x, dweight, dbias, *primals[3:], **_without_bias(kwargs))
-    return own if tangent is None else own.add_(tangent)
-
-
-def _without_bias(kwargs: dict) -> dict:
-    return {key: value for key, value in kwargs.items() if key != "bias"}
+    own = func(x, dweight, dbias, *rest, **kwargs)
+    if dx is None:
+        return own
+    if func is F.linear and own.is_contiguous() and own.dtype == dx.dtype == weight.dtype:
+        own.view(-1, own.size(-1)).addmm_(dx.reshape(-1, dx.size(-1)), weight.t())  # no temporary of own's size
+        return own
+    return own.add_(func(dx, weight, None, *rest, **kwargs))
 
 
 def _batch_norm(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
@@ -187,21 +189,18 @@ def _batch_norm(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, o
 
 
 def _layer_norm(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
-    """Without weight and bias the Jacobian is symmetric, so the fused backward kernel applies it to dx."""
-    if len(primals) != 5 or primals[2] is None or torch.is_autocast_enabled(primals[0].device.type):
-        return NotImplemented
+    """W * (J dx) + n dW + db, n the normalized x: J is symmetric, so the fused backward kernel applies it to dx."""
     x, shape, weight, _, eps = primals
+    if weight is None or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
     dx, _, dweight, dbias, _ = tangents
-    normalized, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+    dweight = torch.zeros_like(weight) if dweight is None else dweight
+    own, mean, rstd = torch.native_layer_norm(x, shape, dweight, dbias, eps)
     if dx is None:
-        tangent = torch.zeros_like(normalized)
-    else:
-        mask = [True, False, False]
-        dx = dx.contiguous()
-        tangent = torch.ops.aten.native_layer_norm_backward(dx, x, shape, mean, rstd, None, None, mask)[0].mul_(weight)
-    if dweight is not None:
-        tangent.addcmul_(normalized, dweight.to(normalized.dtype))
-    return tangent if dbias is None else tangent.add_(dbias)
+        return own
+    mask = [True, False, False]
+    through = torch.ops.aten.native_layer_norm_backward(dx.contiguous(), x, shape, mean, rstd, None, None, mask)[0]
+    return own.addcmul_(through, weight)
 
 
 def _embedding(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
@@ -216,6 +215,17 @@ def _gelu(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Te
     return torch.ops.aten.gelu_backward(tangents[0], primals[0], **kwargs) if len(primals) == 1 else NotImplemented
 
 
+def _sigmoid(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
+    """As in `_gelu`; CLIP's x sigmoid(1.702 x) is made of it."""
+    return NotImplemented if kwargs else torch.ops.aten.sigmoid_backward(tangents[0], out)
+
+
+def _dropout(func: Callable, primals: tuple, kwargs: dict, tangents: tuple, out: Tensor) -> Any:
+    """The identity where nothing is dropped; else tangent and primal need the same mask."""
+    _, p, training, _ = primals
+    return NotImplemented if training and p > 0 else tangents[0]
+
+
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -227,33 +237,44 @@ def _attention_argument(name: str, args: tuple, kwargs: dict, default: Any = Non
 def _attention(primals: tuple, kwargs: dict, tangents: tuple, tangent_kwargs: dict, out: Tensor) -> Tensor:
     """Tangent of softmax(q k' s + mask) v by its formula; no fused kernel has a forward-mode formula in torch.
 
-    With P the attention weights, D = s (dq k' + q dk') + dmask and r = rowsum(P * D):
-    dout = (P * D) v - r out + P dv.
+    On a CPU one sample at a time, whose (H, L, S) temporaries stay in the cache.
     """
     q, k, v, mask = (_attention_argument(name, primals, kwargs) for name in _ATTENTION_ARGUMENTS[:4])
     dq, dk, dv, dmask = (_attention_argument(name, tangents, tangent_kwargs) for name in _ATTENTION_ARGUMENTS[:4])
     if _attention_argument("enable_gqa", primals, kwargs, False):
         k, v, dk, dv = (x if x is None else x.repeat_interleave(q.size(-3) // x.size(-3), -3) for x in (k, v, dk, dv))
+    if _attention_argument("is_causal", primals, kwargs, False):
+        mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
     scale = _attention_argument("scale", primals, kwargs)
     scale = q.size(-1) ** -0.5 if scale is None else scale
+    large = out.shape[:-1].numel() * k.size(-2) > 2**17  # elements of the attention weights
+    step = 1 if large and out.dim() > 2 and out.device.type == "cpu" else len(out)
+    tangent = torch.empty_like(out)
+    for part in (slice(i, i + step) for i in range(0, len(out), step)):
+        rows = (  # what has no batch dimension of its own is broadcast
+            x[part] if x is not None and x.dim() == out.dim() and len(x) == len(out) else x
+            for x in (q, k, v, mask, dq, dk, dv, dmask, out)
+        )
+        tangent[part] = _attention_rows(scale, *rows)
+    return tangent
+
+
+def _attention_rows(scale: float, q: Any, k: Any, v: Any, mask: Any, *tangents_and_out: Any) -> Tensor:
+    """(P * D) v - r out + P dv; P the weights, D = s (dq k' + q dk') + dmask, r = rowsum(P * D)."""
+    dq, dk, dv, dmask, out = tangents_and_out
     logits = (q * scale) @ k.transpose(-2, -1)  # (..., L, S)
-    if _attention_argument("is_causal", primals, kwargs, False):
-        allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        logits.masked_fill_(~allowed, -torch.inf)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     weights = logits.softmax(-1)
     if mask is not None:
         weights = weights.nan_to_num(0.0)  # a row that may attend to nothing gives zeros, as in torch
     tangent = weights @ dv if dv is not None else torch.zeros_like(out)
-    change: Any = 0
-    for left, right in ((dq, k), (q, dk)):
-        if left is not None and right is not None:
-            change = change + (left * scale) @ right.transpose(-2, -1)
-    change = change + dmask if dmask is not None else change
-    if not isinstance(change, Tensor):
+    changes = [(a * scale) @ b.transpose(-2, -1) for a, b in ((dq, k), (q, dk)) if a is not None and b is not None]
+    if dmask is not None:
+        changes.append(dmask)
+    if not changes:
         return tangent
-    change = weights * change  # P * D
+    change = weights * functools.reduce(torch.add, changes)  # P * D
     return tangent + change @ v - change.sum(-1, keepdim=True) * out
 
 
@@ -272,5 +293,7 @@ _RULES: dict[Callable, Callable] = {
     torch.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.gelu: _gelu,
+    **_named("sigmoid", _sigmoid),
+    F.dropout: _dropout,
     F.embedding: _embedding,
 }

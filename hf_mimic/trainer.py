@@ -5,6 +5,7 @@ Wiring only: losses.py, mimic.py and selection.py compute. `compute_loss` is the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -74,18 +75,14 @@ class MimicTrainer(Trainer):
                 "Without one there is nothing to mimic; use the plain Trainer."
             )
         column = args.sample_id_column
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            _train_rows(train_dataset, column),
-            _eval_rows(eval_dataset, column),
-            **kwargs,
-        )
+        if isinstance(train_dataset, datasets.Dataset):
+            read_sample_ids(train_dataset, column)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self._check_engine()
         self.data_collator = SampleIdCollator(self.data_collator, column)
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
-        self.loss_fn = loss_fn or loss_for_model(self.model, args.label_smoothing_factor)
+        smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
+        self.loss_fn = loss_fn or loss_for_model(self.model, smoothing)
         self._reference = reference
         self.direction = self._make_direction()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
@@ -122,18 +119,22 @@ class MimicTrainer(Trainer):
 
     def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[MimicForward | None, Tensor]:
         """Return the scored forward pass of the samples with finite losses, and which these are (B,)."""
-        direction = self.direction()
+        direction, buffers = self.direction(), [buffer.clone() for buffer in model.buffers()]
         forward = mimic_forward(model, batch, direction, self.loss_fn)
-        valid = torch.isfinite(forward.losses) & torch.isfinite(forward.scores)
+        valid = _is_finite(forward)
         if bool(valid.all()):
             return forward, valid
         # NOTE: a weight of 0 does not stop a NaN (0 * NaN in backward): the forward pass must do without the sample.
-        if valid.any():
-            size = len(valid)
+        size = len(valid)
+        if not valid.any():  # a contrastive loss or batch norm spreads one sample's NaN over the batch
+            valid = _has_finite_inputs(batch, valid)
+        _restore(model, buffers)
+        if valid.any() and not valid.all():
             rest = {k: v[valid] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for k, v in batch.items()}
             forward = mimic_forward(model, rest, direction, self.loss_fn)
-            if bool(torch.isfinite(forward.losses).all()):
+            if bool(_is_finite(forward).all()):
                 return forward, valid
+            _restore(model, buffers)
         return None, torch.zeros_like(valid)
 
     def _weighted(self, losses: Tensor, weights: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class MimicTrainer(Trainer):
             return weighted
         mean = losses.mean()
         chosen = [p for p in self.direction.parameters.values() if p.requires_grad]
-        grads = torch.autograd.grad(weighted - mean, chosen, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(weighted - mean, chosen, retain_graph=True, allow_unused=True) if chosen else ()
         # (p - p.detach()) is zero and has gradient one: it adds what the chosen layers' gradient lacks.
         extra = [((p - p.detach()) * g).sum() for p, g in zip(chosen, grads, strict=True) if g is not None]
         return mean + sum(extra) + (weighted - mean).detach()
@@ -171,7 +172,12 @@ class MimicTrainer(Trainer):
             self._summed_steps += 1
         for name, value in stats.items():
             self._sums[name] = self._sums.get(name, 0) + value
-        if self.args.record_scores and ids is not None:
+        if self.args.record_scores:
+            if ids is None:
+                raise ValueError(
+                    f"every example must have an integer `{self.args.sample_id_column}` to record scores by, got none. "
+                    "Let the data set's items have it, or train with record_scores=False."
+                )
             epoch, step = int(self.state.epoch or 0), self.state.global_step
             self.scores.record(ids, epoch=epoch, step=step, relative_weight=relative, **rows)
 
@@ -193,6 +199,16 @@ class MimicTrainer(Trainer):
         inputs = {key: value for key, value in inputs.items() if key != self.args.sample_id_column}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Keep the id, and the columns that a transform needs; name the row of an image that does not decode."""
+        if isinstance(dataset, datasets.Dataset):
+            column = self.args.sample_id_column
+            ids = read_sample_ids(dataset, column) if kwargs.get("is_training") else None
+            if dataset.format["type"] != "custom":
+                dataset = self._remove_unused_columns(dataset, description)
+            dataset = SampleIdDataset(dataset, ids, column)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
@@ -208,7 +224,13 @@ class MimicTrainer(Trainer):
             base=self.args.reference_base_model,
             revision=self.args.reference_revision,
         )
-        if not direction_norm(direction()):
+        norm = direction_norm(direction()).item()
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"reference and model must be finite in the chosen layers, got ||v|| = {norm}. Look for NaN in their "
+                "weights: one of the two has diverged."
+            )
+        if not norm:
             warnings.warn(
                 "the reference equals the model in the chosen layers (||v|| = 0): there is no direction, so all "
                 "weights are uniform until they differ. Start from another checkpoint, or choose other `mimic_layers`.",
@@ -240,6 +262,7 @@ class _ScoreCallback(TrainerCallback):
             moved = self.trainer.scores.set_aside()
             if moved is not None:
                 warnings.warn(f"{args.scores_dir} held the scores of an earlier run; they are now in {moved}.")
+        self.trainer._sums, self.trainer._summed_steps = {}, 0
         parameters = dict(self.trainer.model.named_parameters(remove_duplicate=False))
         name, known = next(iter(self.trainer.direction.parameters.items()))
         if parameters.get(name) is not known:  # `model_init` made another model
@@ -252,18 +275,21 @@ class _ScoreCallback(TrainerCallback):
     on_train_end = on_epoch_end
 
 
-def _train_rows(dataset: Any, column: str) -> Any:
-    """Check the ids of a `datasets.Dataset`; where a transform may drop them, put them back behind it."""
-    if dataset is None or not isinstance(dataset, datasets.Dataset):
-        return dataset
-    ids = read_sample_ids(dataset, column)
-    return SampleIdDataset(dataset, ids, column) if dataset.format["type"] == "custom" else dataset
+def _is_finite(forward: MimicForward) -> Tensor:
+    return torch.isfinite(forward.losses) & torch.isfinite(forward.scores)
 
 
-def _eval_rows(dataset: Any, column: str) -> Any:
-    """Let a data set with a transform through unused-column removal, which would take the transform's input away."""
-    if isinstance(dataset, dict):
-        return {name: _eval_rows(part, column) for name, part in dataset.items()}
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
-        return SampleIdDataset(dataset, None, column)
-    return dataset
+def _has_finite_inputs(batch: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Return which samples have no NaN or infinity among their inputs (B,)."""
+    valid = torch.ones_like(like)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == like.shape:
+            valid &= torch.isfinite(value).flatten(1).all(1)
+    return valid
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, buffers: list[Tensor]) -> None:
+    """Undo what a forward pass did to running statistics."""
+    for buffer, value in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(value)

@@ -1,0 +1,47 @@
+"""Set-up for every test: a Hub on 127.0.0.1 that the real clients use, no other network, one fixed seed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+from hub import Hub
+
+# NOTE: the clients read these when they are imported, so the server starts before anything of Hugging Face is.
+HUB = Hub()
+_HOME = tempfile.mkdtemp(prefix="hf_mimic_tests_")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.pop(_name, None)
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HOME=_HOME,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="127.0.0.1,localhost",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """Return the Hub with an empty request log; use a repo name of your own."""
+    HUB.clear_log()
+    return HUB

@@ -1,0 +1,92 @@
+"""The design as a drawing: which module imports which, and how long a file and a function may get.
+
+A new arrow is a decision: add it to `ARROWS` in the same change, and say why in the review.
+"""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_mimic"
+
+ARROWS: dict[str, set[str]] = {
+    "checks": set(),
+    "tangents": set(),
+    "forward_ad": {"tangents"},
+    "layers": set(),
+    "losses": set(),
+    "reference": set(),
+    "data": set(),
+    "selection": set(),
+    "metrics": set(),
+    "mimic": {"checks", "forward_ad", "layers", "losses", "reference"},
+    "scores": {"data"},
+    "filters": {"scores"},
+    "scoring": {"data", "losses", "mimic", "scores"},
+    "arguments": {"checks", "mimic", "selection"},
+    "trainer": {"arguments", "data", "losses", "mimic", "reference", "scores", "selection"},
+    "demo": {"arguments", "data", "filters", "metrics", "scores", "trainer"},
+    "commands": {"arguments", "checks", "data", "demo", "filters", "metrics", "mimic", "scores", "scoring", "trainer"},
+    "cli": {"commands"},
+}
+LINES, BODY = 300, 50
+
+FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+
+
+def imported(tree: ast.Module, package: str = "hf_mimic") -> set[str]:
+    """Return the package's modules that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = f"{package}." if node.level and node.module else package if node.level else ""
+            module = f"{prefix}{node.module or ''}"
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == package else {module}
+    return {name.split(".")[1] for name in found if name.startswith(f"{package}.")}
+
+
+def functions(tree: ast.Module) -> dict[str, int]:
+    """Return function name to the number of lines of its body, docstring left out."""
+    lengths = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
+            lengths[node.name] = (body[-1].end_lineno or 0) - body[0].lineno + 1
+    return lengths
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_are_the_arrows(module):
+    assert imported(parse(module)) == ARROWS[module]
+
+
+def test_arrows_have_no_cycle_and_name_modules_that_exist():
+    assert set(TopologicalSorter(ARROWS).static_order()) <= FILES.keys()
+
+
+def test_every_module_is_drawn():
+    assert FILES.keys() == ARROWS.keys()
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_length_of_file_and_functions(module):
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= LINES
+    assert {name: n for name, n in functions(parse(module)).items() if n > BODY} == {}
+
+
+def test_the_reader_of_imports_sees_every_form():
+    source = "import os\nimport hf_mimic.a\nfrom hf_mimic import b\nfrom .c import x\nfrom . import d\n"
+    source += "def f():\n    from hf_mimic.e import y\n"
+    assert imported(ast.parse(source)) == {"a", "b", "c", "d", "e"}
+
+
+def test_the_ruler_leaves_the_docstring_out():
+    assert functions(ast.parse('def f():\n    """One.\n\n    Two.\n    """\n    x = 1\n    return x\n')) == {"f": 2}
