@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -92,6 +93,12 @@ class MimicTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`torch_compile` must be False: compiled code drops tangents, and the scores with them. "
                 "Scoring the last layers without compilation costs a few per cent."
+            )
+        checkpointing: Any = self.activation_checkpointing_kwargs or {}
+        if self.reweight == "mimic_layers" and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                '`reweight`="mimic_layers" must have checkpointing with use_reentrant=False, got True, which hides the '
+                'layers inside from `torch.autograd.grad`. Use the default checkpointing, or reweight="all".'
             )
         if self.weight_scope == "global" and self.gradient_accumulation_steps > 1:
             raise ValueError(

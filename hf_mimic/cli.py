@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
     path = config.parse_known_args(argv)[0].config
     if path is not None:
         _apply_config(parser, path)
-    return list(parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False))[: len(types)]
+    try:
+        *options, unknown = parser.parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # a check of the dataclass
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown {' '.join(unknown)}{_closest(unknown[0], parser._option_string_actions)}")
+    return options[: len(types)]
 
 
 def _apply_config(parser: argparse.ArgumentParser, path: str) -> None:
@@ -42,13 +50,19 @@ def _apply_config(parser: argparse.ArgumentParser, path: str) -> None:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path}: it must hold `key: value` lines, got a {type(values).__name__}")
     actions = {action.dest: action for action in parser._actions}
     for name in values:
         if name not in actions:
-            close = difflib.get_close_matches(str(name), actions, n=1)
-            parser.error(f"--config {path}: unknown key {name!r}{f', did you mean {close[0]!r}?' if close else ''}")
+            parser.error(f"--config {path}: unknown key {name!r}{_closest(name, actions)}")
         actions[name].required = False
     parser.set_defaults(**values)
+
+
+def _closest(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _argument_docs(kind: type) -> dict[str, str]:
@@ -57,6 +71,12 @@ def _argument_docs(kind: type) -> dict[str, str]:
     section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", doc, re.M)
     entries = re.findall(r"^ {4}(\w+): ((?:.*)(?:\n {8}.*)*)", section.group(1) if section else "", re.M)
     return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in entries}
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's message; of a data loader's worker, which wraps it in its traceback, the last line."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if text.startswith("Caught ") and "Original Traceback" in text else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(COMMANDS[argv[0]][0](*options))
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        print(f"hf-mimic {argv[0]}: {error}", file=sys.stderr)
+        print(f"hf-mimic {argv[0]}: {_told(error)}", file=sys.stderr)
         return 1
     return 0

@@ -108,11 +108,14 @@ def demo(options: DemoArguments) -> str:
 
 def train(options: DataArguments, args: Any) -> str:
     """Fine-tune with MimicTrainer; save the model and the scores."""
+    from transformers import set_seed
+
     from hf_mimic.metrics import accuracy
     from hf_mimic.trainer import MimicTrainer
 
     rows, labels = _rows(options, args.sample_id_column)
-    model, processor = _model(options.model, labels)
+    set_seed(args.seed)  # a new head is drawn before the Trainer sets it
+    model, processor, _ = _model(options.model, labels)
     evaluation = None
     if options.eval_split:
         place = (
@@ -120,7 +123,8 @@ def train(options: DataArguments, args: Any) -> str:
             if Path(options.eval_split).exists()
             else (options.dataset, options.eval_split)
         )
-        evaluation, _ = _rows(dataclasses.replace(options, dataset=place[0], split=place[1]), args.sample_id_column)
+        part = dataclasses.replace(options, dataset=place[0], split=place[1])
+        evaluation, _ = _rows(part, args.sample_id_column, labels)
         args.eval_strategy = "epoch" if args.eval_strategy == "no" else args.eval_strategy
     trainer = MimicTrainer(
         model,
@@ -147,7 +151,12 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     from hf_mimic.scoring import score_dataset
 
     rows, labels = _rows(options, scoring.sample_id_column)
-    model, processor = _model(options.model, labels)
+    model, processor, made = _model(options.model, labels)
+    if made:
+        raise ValueError(
+            f"the model must have a trained head for the data set's {len(labels)} labels; {options.model} has none "
+            f"({', '.join(made)} would be made anew, and its scores be noise). Fine-tune it first: hf-mimic train."
+        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     direction = reference_direction(
         model, scoring.reference_model, scoring.mimic_layers, revision=scoring.reference_revision
@@ -189,7 +198,7 @@ def filter_rows(options: FilterArguments) -> str:
     if options.min_score is None:
         keep = ThresholdFilter(options.threshold).fit_predict(table)
     else:
-        keep = table.aggregate()["mimic_score"].to_numpy() >= options.min_score
+        keep = ~(table.aggregate()["mimic_score"].to_numpy() < options.min_score)  # without a score: kept
     scored = attach_scores(rows, table, keep=keep, sample_id_column=options.sample_id_column)
     kept = np.asarray(scored.with_format("arrow")[:]["keep"].fill_null(True))  # a row without a score is not dropped
     curated = scored if options.keep_all else scored.select(np.flatnonzero(kept))
@@ -209,13 +218,14 @@ def filter_rows(options: FilterArguments) -> str:
 # ---- shared by the commands ----------------------------------------------------------------------------------------
 
 
-def _rows(options: DataArguments, sample_id_column: str) -> tuple[Dataset, list[str]]:
+def _rows(options: DataArguments, sample_id_column: str, labels: list[str] | None = None) -> tuple[Dataset, list[str]]:
+    """Return the data set with ids and class labels (in the order of `labels`, if given), and its labels."""
     from hf_mimic.checks import check_choice
     from hf_mimic.data import drop_unreadable, load_rows, with_class_labels
 
     check_choice("on_error", options.on_error, ("raise", "skip"))
     rows = with_class_labels(
-        _identified(load_rows(options.dataset, options.split), sample_id_column), options.label_column
+        _identified(load_rows(options.dataset, options.split), sample_id_column), options.label_column, labels
     )
     if options.on_error == "skip":
         rows, bad = drop_unreadable(rows, options.image_column)
@@ -237,12 +247,16 @@ def _transformed(rows: Dataset, processor: Any, options: DataArguments) -> Datas
     return with_image_transform(rows, processor, options.image_column, options.label_column)
 
 
-def _model(name: str, labels: list[str]) -> tuple[Any, Any]:
+def _model(name: str, labels: list[str]) -> tuple[Any, Any, list[str]]:
+    """Return the model with these labels, its image processor, and the parameters that the checkpoint did not have."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     ids = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **ids)
-    return model, AutoImageProcessor.from_pretrained(name)
+    model, info = AutoModelForImageClassification.from_pretrained(
+        name, ignore_mismatched_sizes=True, output_loading_info=True, **ids
+    )
+    made = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model, AutoImageProcessor.from_pretrained(name), made
 
 
 def _table(lines: dict[str, Any]) -> str:

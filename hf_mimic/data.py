@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL.Image import DecompressionBombError
 
@@ -172,19 +173,27 @@ def load_rows(name: str, split: str = "train") -> Dataset:
     """Load one split of a Hub data set, a folder (images, Parquet, or `save_to_disk`'s), or a single data file.
 
     Raises:
-        ValueError: If the file's kind is unknown.
+        ValueError: If the file's kind is unknown, a file is broken, or there is no such split.
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name)
     if path.is_file():
         kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
         if path.suffix not in kinds:
             raise ValueError(f"a data file must end in {', '.join(kinds)}, got {name}.")
-        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        try:
+            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        except (DatasetGenerationError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{name} must be a {path.suffix} file with rows: {error.__cause__ or error}") from error
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(name)
-        return loaded[split] if isinstance(loaded, DatasetDict) else cast(Dataset, loaded)
+        if not isinstance(loaded, DatasetDict):
+            return cast(Dataset, loaded)
+        if split not in loaded:
+            raise ValueError(f"{name} must have the split {split!r}, got {', '.join(loaded)}.")
+        return loaded[split]
     return load_dataset(name, split=split)
 
 

@@ -62,6 +62,10 @@ def test_mimic_layers_is_a_name_or_a_list(tmp_path, value):
     [
         ({"use_liger_kernel": True}, "`use_liger_kernel` must be False: its fused loss returns no logits"),
         ({"torch_compile": True}, "`torch_compile` must be False: compiled code drops tangents"),
+        (
+            {"reweight": "mimic_layers", "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            '"mimic_layers" must have checkpointing with use_reentrant=False, got True',
+        ),
         ({"gradient_accumulation_steps": 4}, '"global" must see the whole optimizer step, got grad.*=4. Use weight_s'),
     ],
 )

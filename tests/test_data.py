@@ -378,3 +378,19 @@ def test_unknown_file(tmp_path):
     (tmp_path / "rows.txt").write_text("1")
     with pytest.raises(ValueError, match=r"must end in .parquet, .csv, .json, .jsonl, .arrow, got .*rows.txt"):
         load_rows(str(tmp_path / "rows.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [("a.csv", "a,b\n1,2\n1,2,3,4", "saw 4"), ("b.json", "{bad", "JSON"), ("c.parquet", "x", "")],
+)
+def test_broken_file(tmp_path, name, text, cause):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} must be a .* file with rows: .*{cause}"):
+        load_rows(str(tmp_path / name))
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    datasets.DatasetDict(test=numbers()).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="must have the split 'train', got test"):
+        load_rows(str(tmp_path))

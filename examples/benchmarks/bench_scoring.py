@@ -7,18 +7,20 @@ Models have random weights: nothing is downloaded.
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch.func import functional_call, grad, vmap
@@ -29,23 +31,14 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassifica
 from hf_mimic.losses import loss_for_model, model_inputs
 from hf_mimic.mimic import MimicDirection, mimic_forward
 
-LAYERS = ("head", "last_mlp", "last_block", "all")
-BASELINES = ("vmap", "loop")  # per-sample gradients of last_mlp
-NAMES = (*LAYERS, *BASELINES)
-LIMITS = (*NAMES, *(f"memory_{name}" for name in NAMES))
 VIT = {
     "tiny": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, image_size=64),
     "vit-s": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "vit-b": {},
 }
-BATCH = {("vit-b", "cuda"): 128, ("vit-s", "cuda"): 256, ("clip-b32", "cuda"): 256}  # elsewhere 8
-TAU = 1.0
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a run measures; enough to build the same task in another process."""
-
+class Setup(NamedTuple):  # enough to build the same task in another process
     model: str
     batch: int
     device: str
@@ -54,24 +47,22 @@ class Setup:
 
 @dataclass
 class Task:
-    """A model in training mode with its optimizer, a reference with other weights, and one batch."""
+    """A model in training mode, one batch, an optimizer, and a direction for every choice of layers measured."""
 
-    setup: Setup
+    device: str
     model: torch.nn.Module
     batch: dict
     loss_fn: Callable
     optimizer: torch.optim.Optimizer
-    reference: dict
+    directions: dict
     keep_gradients: bool = False
-    directions: dict = field(default_factory=dict)
 
-    def direction(self, layers: str) -> MimicDirection:
-        if layers not in self.directions:
-            self.directions[layers] = MimicDirection(self.model, self.reference, layers)
-        return self.directions[layers]
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cuda", torch.bfloat16) if self.setup.device == "cuda" else contextlib.nullcontext()
+    def losses(self) -> torch.Tensor:
+        with self.autocast():
+            return self.loss_fn(self.model(**model_inputs(self.batch)), self.batch)
 
     def learn(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -79,46 +70,46 @@ class Task:
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
 
-def make_task(setup: Setup) -> Task:
+def make_task(setup: Setup, names: list[str]) -> Task:
     torch.manual_seed(0)
     torch.set_num_threads(setup.threads)
     if setup.model == "clip-b32":
-        model = CLIPModel(CLIPConfig(vision_config={"patch_size": 32}))  # the other defaults are CLIP ViT-B's
-        text = model.config.text_config
-        ids = torch.randint(1, 1000, (setup.batch, text.max_position_embeddings))
-        ids[:, -1] = text.eos_token_id if text.eos_token_id < text.vocab_size else text.vocab_size - 1
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        size = model.config.vision_config.image_size
+        model = CLIPModel(CLIPConfig(vision_config={"patch_size": 32}))  # every other default is CLIP ViT-B's
+        ids = torch.randint(3, 1000, (setup.batch, model.config.text_config.max_position_embeddings))
+        ids[:, -1] = model.config.text_config.eos_token_id
+        batch, size = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 224
     else:
         model = ViTForImageClassification(ViTConfig(num_labels=100, **VIT[setup.model]))
         batch, size = {"labels": torch.randint(0, 100, (setup.batch,))}, model.config.image_size
     batch["pixel_values"] = torch.randn(setup.batch, 3, size, size)
-    model.to(setup.device).train()
     batch = {key: value.to(setup.device) for key, value in batch.items()}
+    model.to(setup.device).train()
     reference = {name: p.detach() + 1e-3 * torch.randn_like(p) for name, p in model.named_parameters()}
+    layers = {"last_mlp" if name in BASELINES else name for name in names} - {"plain"}
+    directions = {name: MimicDirection(model, reference, name) for name in layers}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return Task(setup, model, batch, loss_for_model(model), optimizer, reference)
-
-
-# ---- the steps ------------------------------------------------------------------------------------------------------
+    return Task(setup.device, model, batch, loss_for_model(model), optimizer, directions)
 
 
 def plain_step(task: Task) -> None:
-    with task.autocast():
-        losses = task.loss_fn(task.model(**model_inputs(task.batch)), task.batch)
-    task.learn(losses.mean())
+    task.learn(task.losses().mean())
 
 
 def scored_step(task: Task, layers: str) -> None:
-    direction = task.direction(layers)
+    """Score and weigh the batch (temperature 1) in the training pass.
+
+    Its arithmetic floor for `all` over plain: a linear layer y = x W' takes one matrix product forward and two
+    backward (dL/dx = g W, dL/dW = g' x); its tangent dy = dx W' + x dW' takes two more, without a backward of their
+    own. Convolutions and the products inside attention count alike, so (3 + 2) / 3 = 1.67.
+    """
     with task.autocast():
-        result = mimic_forward(task.model, task.batch, direction(), task.loss_fn)
-    task.learn((weights(result.scores) * result.losses).sum())
+        result = mimic_forward(task.model, task.batch, task.directions[layers](), task.loss_fn)
+    task.learn((result.scores.softmax(0) * result.losses).sum())
 
 
 def vmap_step(task: Task) -> None:
-    """Per-sample gradients by torch.func, then the training pass: the attention is set to the kernel that vmap takes."""
-    v = task.direction("last_mlp")()
+    """Per-sample gradients by torch.func, with the attention kernel that vmap can take; then the training pass."""
+    v = task.directions["last_mlp"]()
     rest = {name: p.detach() for name, p in task.model.named_parameters()}
     chosen = {name: rest.pop(name) for name in v}
 
@@ -128,28 +119,19 @@ def vmap_step(task: Task) -> None:
 
     with task.autocast(), sdpa_kernel(SDPBackend.MATH):
         per_sample = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
-        gradients = per_sample(chosen, task.batch["pixel_values"], task.batch["labels"])
-    scores = score(v, gradients)
-    with task.autocast():
-        losses = task.loss_fn(task.model(**model_inputs(task.batch)), task.batch)
-    task.learn((weights(scores) * losses).sum())
+        scores = score(v, per_sample(chosen, task.batch["pixel_values"], task.batch["labels"]))
+    task.learn((scores.softmax(0) * task.losses()).sum())
 
 
 def loop_step(task: Task) -> None:
-    """One backward per sample from the training graph, cut at the chosen layer, then the training backward."""
-    v = task.direction("last_mlp")()
+    """One backward per sample from the training graph, cut at the chosen layer; then the training backward."""
+    v = task.directions["last_mlp"]()
     chosen = [dict(task.model.named_parameters())[name] for name in v]
-    with task.autocast():
-        losses = task.loss_fn(task.model(**model_inputs(task.batch)), task.batch)
-    scores = []
+    losses, scores = task.losses(), []
     for one in losses:
         gradients = torch.autograd.grad(one, chosen, retain_graph=True)
         scores.append(score(v, {name: g[None] for name, g in zip(v, gradients, strict=True)}))
-    task.learn((weights(torch.cat(scores)) * losses).sum())
-
-
-def weights(scores: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(scores / TAU, 0)
+    task.learn((torch.cat(scores).softmax(0) * losses).sum())
 
 
 def score(v: dict, gradients: dict) -> torch.Tensor:
@@ -158,187 +140,138 @@ def score(v: dict, gradients: dict) -> torch.Tensor:
     return -sum(gradients[name].flatten(1) @ d.flatten() for name, d in v.items()) / norm
 
 
-def run_step(task: Task, name: str) -> None:
-    if name in LAYERS:
-        scored_step(task, name)
-    else:
-        {"plain": plain_step, "vmap": vmap_step, "loop": loop_step}[name](task)
-
-
-# ---- time -----------------------------------------------------------------------------------------------------------
+LAYERS = {layers: partial(scored_step, layers=layers) for layers in ("head", "last_mlp", "last_block", "all")}
+BASELINES = {"vmap": vmap_step, "loop": loop_step}
+STEPS = {"plain": plain_step, **LAYERS, **BASELINES}
+NAMES = (*LAYERS, *BASELINES)
 
 
 def measure_times(task: Task, names: list[str], repeats: int) -> tuple[dict, float]:
     """Return {name: {"wall": ratios, "cpu": ratios}} and the median plain step in seconds.
 
-    Every measured step has a plain step right before or right after it (in turn): what else the machine does at that
-    time slows both, and their ratio stays. The variants alternate within one run.
+    Every measured step has a plain step right before or right after it, in turn: whatever else the machine does then
+    slows both, and their ratio stays. All variants alternate within one run.
     """
     for name in ("plain", *names):
-        run_step(task, name)
-    ratios = {name: {"wall": [], "cpu": []} for name in names}
-    plain = []
-    for i in tqdm(range(repeats), desc="time", unit="round", file=sys.stderr):
+        clock_step(task, name)  # warm-up
+    ratios, plain = {name: {"wall": [], "cpu": []} for name in names}, []
+    for i in tqdm(range(repeats), desc="time", unit="round"):
         for name in names:
-            pair = ("plain", name) if i % 2 else (name, "plain")
-            clocks = {which: clock_step(task, which) for which in pair}
-            plain.append(clocks["plain"][0])
-            for kind, own, other in zip(("wall", "cpu"), clocks[name], clocks["plain"], strict=True):
-                ratios[name][kind].append(own / other)
-    return ratios, statistics.median(plain)
+            clocks = {which: clock_step(task, which) for which in (("plain", name) if i % 2 else (name, "plain"))}
+            plain.append(clocks["plain"]["wall"])
+            for clock, own in clocks[name].items():
+                ratios[name][clock].append(own / clocks["plain"][clock])
+    return ratios, median(plain)
 
 
-def clock_step(task: Task, name: str) -> tuple[float, float]:
+def clock_step(task: Task, name: str) -> dict[str, float]:
     """Return the wall time and the processor time (all threads) of one step, in seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    run_step(task, name)
-    if task.setup.device == "cuda":
+    STEPS[name](task)
+    if task.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def arithmetic_floor() -> float:
-    """Step time of `all` over plain if only matrix products counted: 5/3.
-
-    A linear layer y = x W' costs one product forward and two backward (dL/dx = g W, dL/dW = g' x): 3 units. Its
-    tangent is dy = dx W' + x dW', 2 units more, and nothing of it is differentiated. Convolutions and the two
-    products inside attention count alike. (Layers that v does not reach from the front save one of the two.)
-    """
-    return 5 / 3
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def measure_memory(setup: Setup, names: list[str]) -> dict[str, float]:
-    """Return the bytes of a step above the state, {"plain": ..., name: ...}; empty where it cannot be measured.
+    """Return {"plain": bytes, name: bytes} that a step takes above the state; empty where it cannot be measured.
 
-    NOTE: on the CPU each variant has a process of its own, where malloc gives every larger block back to the system
-    as soon as it is freed (mmap from 64 KiB on, nothing trimmed late); resident memory then follows the live tensors.
+    NOTE: each variant has a process of its own. On the CPU malloc is told to map every block from 64 KiB on and to
+    unmap it when it is freed: resident memory then follows the live tensors, and no earlier peak hides a later one.
     """
     if setup.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return {}
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
-    result, context = {}, multiprocessing.get_context("spawn")
-    for name in tqdm(("plain", *names), desc="memory", unit="process", file=sys.stderr):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+    result, spawn = {}, multiprocessing.get_context("spawn")
+    for name in tqdm(("plain", *names), desc="memory", unit="process"):
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             result[name] = pool.submit(step_memory, setup, name).result()
     return result
 
 
 def step_memory(setup: Setup, name: str) -> float:
     """Return the peak of one step above what lives between steps: parameters, gradients, optimizer, reference."""
-    task = make_task(setup)
+    task = make_task(setup, [name])
     task.keep_gradients = True
-    if name != "plain":
-        task.direction(name if name in LAYERS else "last_mlp")
-    task.reference = {}
     for _ in range(2):
-        run_step(task, name)
-    return statistics.median(_peak_of_step(task, name) for _ in range(3))
-
-
-def _peak_of_step(task: Task, name: str) -> float:
-    if task.setup.device == "cuda":
-        torch.cuda.synchronize()
+        STEPS[name](task)
+    if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_step(task, name)
-        torch.cuda.synchronize()
+        STEPS[name](task)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark VmHWM falls to what is resident now
-    before = _resident("VmRSS")
-    run_step(task, name)
-    return _resident("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the kernel's high-water mark, falls to what is resident
+    before = resident("VmRSS")
+    STEPS[name](task)
+    return resident("VmHWM") - before
 
 
-def _resident(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-# ---- report ---------------------------------------------------------------------------------------------------------
+def resident(key: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
 
 
 def summarize(setup: Setup, ratios: dict, plain_seconds: float, memory: dict) -> dict:
-    def spread(values: list[float]) -> dict:
-        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    chip = torch.cuda.get_device_name() if setup.device == "cuda" else (names or [platform.machine()])[0]
     return {
-        "machine": {**describe_machine(setup.device), **asdict(setup)},
-        "repeats": len(next(iter(ratios.values()))["wall"]),
+        "machine": {"chip": chip, "cores": os.cpu_count(), "torch": torch.__version__, **setup._asdict()},
         "plain_step_ms": 1000 * plain_seconds,
         "plain_step_memory_mb": memory["plain"] / 1e6 if memory else None,
-        "floor_all": arithmetic_floor(),
-        "ratios": {name: {kind: spread(values) for kind, values in kinds.items()} for name, kinds in ratios.items()},
+        "floor_all": 5 / 3,  # see `scored_step`
+        "ratios": {
+            name: {clock: {"median": median(x), "min": min(x), "max": max(x)} for clock, x in clocks.items()}
+            for name, clocks in ratios.items()
+        },
         "memory": {name: memory[name] / memory["plain"] for name in ratios} if memory else {},
     }
 
 
-def describe_machine(device: str) -> dict:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}
-
-
 def print_table(summary: dict) -> None:
-    machine = summary["machine"]
-    print(f"{machine['model']}, batch {machine['batch']}, {machine['gpu'] or machine['cpu']}, ", end="")
-    print(f"{machine['threads']} of {machine['cores']} cores, torch {machine['torch']}")
     memory = summary["plain_step_memory_mb"]
-    print(f"plain step {summary['plain_step_ms']:.0f} ms, ", end="")
-    print(f"memory above the state {memory:.0f} MB" if memory else "memory not measured: needs Linux or CUDA")
+    line = "{model}, batch {batch}, {chip}, {threads} threads on {cores} cores, torch {torch}"
+    print(line.format(**summary["machine"]))
+    shown = "not measured" if memory is None else f"{memory:.0f} MB"
+    print(f"plain step {summary['plain_step_ms']:.0f} ms, memory above the state {shown}")
     print(f"{'step over plain':<16} {'wall (min-max)':<22} {'cpu (min-max)':<22} memory")
-    for name, kinds in summary["ratios"].items():
-        cells = [f"{s['median']:.3f} ({s['min']:.2f}-{s['max']:.2f})" for s in (kinds["wall"], kinds["cpu"])]
-        own = summary["memory"].get(name)
-        print(f"{name:<16} {cells[0]:<22} {cells[1]:<22} {'-' if own is None else f'{own:.2f}'}")
+    for name, clocks in summary["ratios"].items():
+        wall, cpu = (f"{x['median']:.3f} ({x['min']:.2f}-{x['max']:.2f})" for x in clocks.values())
+        print(f"{name:<16} {wall:<22} {cpu:<22}", f"{summary['memory'][name]:.2f}" if memory else "-")
     print(f"{'floor of all':<16} {summary['floor_all']:.3f}")
 
 
 def violations(summary: dict, limits: dict[str, float], clock: str) -> list[str]:
-    found = []
-    for name, limit in limits.items():
-        layer = name.removeprefix("memory_")
-        if layer not in summary["ratios"] or (name != layer and not summary["memory"]):
-            found.append(f"{name}: limit {limit} given, but it was not measured here")
-            continue
-        value = summary["memory"][layer] if name != layer else summary["ratios"][layer][clock]["median"]
-        if value > limit:
-            found.append(f"{name}: {value:.3f} is above the limit {limit}")
-    return found
+    measured = {name: clocks[clock]["median"] for name, clocks in summary["ratios"].items()}
+    measured |= {f"memory_{name}": ratio for name, ratio in summary["memory"].items()}
+    missing = [f"{name} has a limit but was not measured" for name in limits if name not in measured]
+    above = {name: limit for name, limit in limits.items() if measured.get(name, 0) > limit}
+    return missing + [f"{name} is {measured[name]:.3f}, above its limit {limit}" for name, limit in above.items()]
 
 
 def parse_limit(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    if name not in LIMITS:
-        raise argparse.ArgumentTypeError(f"unknown name {name!r}; known: {', '.join(LIMITS)}")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"`--max` takes name=ratio, got {text!r}") from None
+    known = (*NAMES, *(f"memory_{name}" for name in NAMES))
+    if name not in known or not value.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"must be name=ratio, got {text!r}; the names are {', '.join(known)}")
+    return name, float(value)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=[*VIT, "clip-b32"], help="default: vit-s; with --quick tiny")
-    parser.add_argument("--batch", type=int, help="default: 8; on cuda 128 for vit-b, 256 for the others")
-    parser.add_argument("--repeats", type=int, help="paired measurements per variant; default: 15, with --quick 5")
-    parser.add_argument("--quick", action="store_true", help="small model, few repeats")
+    parser.add_argument("--batch", type=int, help="default: 8, on cuda 128")
+    parser.add_argument("--repeats", type=int, help="paired steps per variant; default: 15, with --quick 5")
+    parser.add_argument("--quick", action="store_true", help="small model, few repeats, no memory")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda runs under bf16 autocast")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="measure these variants alone")
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="measure these alone")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--max", type=parse_limit, action="append", default=[], metavar="NAME=RATIO")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="which time `--max` looks at")
     args = parser.parse_args()
     args.model = args.model or ("tiny" if args.quick else "vit-s")
+    args.batch = args.batch or (128 if args.device == "cuda" else 8)
     args.repeats = args.repeats or (5 if args.quick else 15)
-    args.batch = args.batch or BATCH.get((args.model, args.device), 8)
     return args
 
 
@@ -352,14 +285,13 @@ def main() -> int:
         names.remove("vmap")
         print("vmap: impossible for CLIP, whose loss couples the samples of a batch")
     setup = Setup(args.model, args.batch, args.device, args.threads)
-    memory = {} if args.no_memory else measure_memory(setup, names)
-    ratios, plain_seconds = measure_times(make_task(setup), names, args.repeats)
-    summary = summarize(setup, ratios, plain_seconds, memory)
+    memory = {} if args.quick else measure_memory(setup, names)
+    summary = summarize(setup, *measure_times(make_task(setup, names), names, args.repeats), memory)
     print_table(summary)
     if args.json:
         args.json.write_text(json.dumps(summary, indent=2) + "\n")
     broken = violations(summary, dict(args.max), args.clock)
-    print(*broken, sep="\n", end="\n" if broken else "")
+    print("".join(f"{line}\n" for line in broken), end="")
     return 1 if broken else 0
 
 
