@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from hf_mimic import demo
 from hf_mimic.data import load_rows
 from hf_mimic.demo import ROWS, digits_story, format_table, run_demo, run_story, save_figure
 from hf_mimic.scores import ScoreTable
@@ -74,17 +75,23 @@ def test_a_short_story_leaves_everything_behind(tmp_path):
     assert again == results
 
 
-def test_the_demo_of_two_seeds(tmp_path):
-    table = run_demo(tmp_path, [0, 1], short_story)
+def test_the_demo_collects_the_seeds(tmp_path, monkeypatch):
+    def story(made, seed, folder, tick):
+        assert made == f"story {seed}"
+        assert folder.is_dir()
+        tick("base")
+        tick(None)
+        return {"accuracy plain": 0.5 + seed / 10}
+
+    monkeypatch.setattr(demo, "run_story", story)
+    table = run_demo(tmp_path, [0, 3], lambda seed: f"story {seed}")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["0", "1"]
-    assert results["0"] != results["1"]
+    assert results == {"0": {"accuracy plain": 0.5}, "3": {"accuracy plain": 0.8}}
     assert table == format_table(list(results.values()))
-    for seed in results:
-        assert {path.name for path in (tmp_path / f"seed-{seed}").iterdir()} >= FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "seed-0", "seed-3"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 7])
+@pytest.mark.parametrize("epochs", [1, 7])
 def test_the_figure_takes_any_number_of_epochs(tmp_path, epochs):
     table, generator = ScoreTable(), np.random.default_rng(0)
     for epoch in range(epochs):
