@@ -61,6 +61,7 @@ class MimicTrainingArguments(TrainingArguments):
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         self._check_temperature()
+        self._check_smoothing()
         self._check_engine()
 
     @property
@@ -83,6 +84,10 @@ class MimicTrainingArguments(TrainingArguments):
                 f'`temperature` must be a positive number or "auto", got {self.temperature!r}. '
                 'Use "auto", or strategy="uniform" for equal weights.'
             )
+
+    def _check_smoothing(self) -> None:
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"`label_smoothing_factor` must be in [0, 1), got {self.label_smoothing_factor}.")
 
     def _check_engine(self) -> None:
         if self.use_liger_kernel:

@@ -97,4 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"hf-mimic {argv[0]}: {_told(error)}", file=sys.stderr)
         return 1
+    except (RuntimeError, IndexError, KeyError) as error:  # from a library: its kind says as much as its message
+        print(f"hf-mimic {argv[0]}: {type(error).__name__}: {_told(error)}", file=sys.stderr)
+        return 1
     return 0

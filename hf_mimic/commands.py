@@ -1,102 +1,19 @@
 """What the commands do: each takes its dataclasses and returns the text to print.
 
-Every field of a dataclass is a flag, described by the docstring. Read `COMMANDS` at the end, then one command.
+Read `COMMANDS` at the end, then one command.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_mimic.command_arguments import DataArguments, DemoArguments, FilterArguments, ScoreArguments
+
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass
-class DemoArguments:
-    """Score, reweight, record and filter on scikit-learn's digits, without network.
-
-    Args:
-        output_dir: Where scores, the curated data set, figures and results.json go.
-        seeds: How many seeds to run.
-    """
-
-    output_dir: str = "demo_output"
-    seeds: int = 3
-
-
-@dataclass
-class DataArguments:
-    """The data set to train on or to score.
-
-    Args:
-        model: Hub repo id or folder of the student; for training, its head is made anew if the labels differ.
-        dataset: Hub data set, folder (images, Parquet, save_to_disk) or data file.
-        split: Split of the data set.
-        eval_split: Split to evaluate on after each epoch, or a data file.
-        image_column: Column with the images.
-        label_column: Column with the labels.
-        on_error: What to do with an image that does not decode: "raise" names its row, "skip" drops and counts it.
-    """
-
-    model: str
-    dataset: str
-    split: str = "train"
-    eval_split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    on_error: str = "raise"
-
-
-@dataclass
-class ScoreArguments:
-    """Score a data set with a frozen model.
-
-    Args:
-        reference_model: Hub repo id or folder of the reference.
-        reference_revision: Branch, tag or commit of the reference's Hub repo.
-        mimic_layers: "head", "last_mlp", "last_block", "all", names, suffixes or regular expressions.
-        sample_id_column: Integer id column; added if the data set has none.
-        batch_size: Samples per forward pass.
-        num_workers: Processes that decode images.
-        output_dir: Where the score shards go.
-    """
-
-    reference_model: str
-    reference_revision: str | None = None
-    mimic_layers: list[str] = field(default_factory=lambda: ["head"])
-    sample_id_column: str = "sample_id"
-    batch_size: int = 32
-    num_workers: int = 0
-    output_dir: str = "scores"
-
-
-@dataclass
-class FilterArguments:
-    """Write the curated data set: scores as columns, rejected rows left out.
-
-    Args:
-        dataset: The data set that was scored: Hub data set, folder or data file.
-        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`.
-        output: Parquet file to write.
-        split: Split of the data set.
-        sample_id_column: Integer id column; added, in row order, if the data set has none.
-        threshold: Least relative weight (uniform = 1) at most visits; the papers' 1/b is 1.
-        min_score: Keep by a mean mimic score of at least this instead; for scores without training.
-        keep_all: Write every row, with the column `keep`.
-    """
-
-    dataset: str
-    scores: str
-    output: str = "curated.parquet"
-    split: str = "train"
-    sample_id_column: str = "sample_id"
-    threshold: float = 1.0
-    min_score: float | None = None
-    keep_all: bool = False
 
 
 def demo(options: DemoArguments) -> str:
@@ -105,6 +22,8 @@ def demo(options: DemoArguments) -> str:
 
     from hf_mimic.demo import run_demo
 
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
     torch.set_num_threads(1)  # more threads do not speed so small a model up, and slow it down on a busy machine
     return f"{run_demo(options.output_dir, range(options.seeds))}\n\nsaved in {options.output_dir}"
 
@@ -137,7 +56,8 @@ def train(options: DataArguments, args: Any) -> str:
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    trainer.train()
+    resume = {"True": True, "true": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
     if evaluation is not None:
@@ -173,7 +93,9 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
         num_workers=scoring.num_workers,
     )
     stored = ScoreTable(scoring.output_dir)
-    stored.set_aside()
+    moved = stored.set_aside()
+    if moved is not None:
+        print(f"{scoring.output_dir} held earlier scores; they are now in {moved}")
     stored.extend(table)
     stored.flush()
     values = table.aggregate()["mimic_score"].to_numpy()
@@ -194,16 +116,28 @@ def filter_rows(options: FilterArguments) -> str:
 
     from hf_mimic.data import load_rows
     from hf_mimic.filters import ThresholdFilter
-    from hf_mimic.scores import ScoreTable, attach_scores
+    from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 
-    rows = _identified(load_rows(options.dataset, options.split), options.sample_id_column)
+    _check_output(options)
+    given = load_rows(options.dataset, options.split)
     table = ScoreTable.load(options.scores)
+    given = given.remove_columns([name for name in ATTACHED if name in given.column_names])  # of an earlier filter
+    rows = _identified(given, options.sample_id_column)
+    highest = table.aggregate()["sample_id"].to_numpy().max()
+    if options.sample_id_column not in given.column_names and highest >= len(rows):
+        raise ValueError(
+            f"the data set must be the one that was scored: ids are its row numbers, up to {len(rows) - 1}, but the "
+            f"scores have an id {highest}. Give the same data set and split."
+        )
     if options.min_score is None:
         keep = ThresholdFilter(options.threshold).fit_predict(table)
     else:
         keep = ~(table.aggregate()["mimic_score"].to_numpy() < options.min_score)  # without a score: kept
     scored = attach_scores(rows, table, keep=keep, sample_id_column=options.sample_id_column)
-    kept = np.asarray(scored.with_format("arrow")[:]["keep"].fill_null(True))  # a row without a score is not dropped
+    decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
+    kept = np.asarray(decided.fill_null(not options.drop_unscored))
+    if not kept.any():
+        raise ValueError("at least one row must be kept, got none. Lower --threshold or --min_score.")
     curated = scored if options.keep_all else scored.select(np.flatnonzero(kept))
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     curated.to_parquet(options.output)
@@ -211,11 +145,19 @@ def filter_rows(options: FilterArguments) -> str:
     return _table(
         {
             "rows": len(rows),
-            "scored": len(table.aggregate()),
+            "without a score": f"{decided.null_count} ({'left out' if options.drop_unscored else 'kept'})",
             "kept": f"{kept.sum()} ({share})",
             "written": options.output,
         }
     )
+
+
+def _check_output(options: FilterArguments) -> None:
+    output, source = Path(options.output).resolve(), Path(options.dataset).resolve()
+    if output.suffix != ".parquet":
+        raise ValueError(f"--output must be a .parquet file, got {options.output}.")
+    if source.exists() and (output == source or source in output.parents):
+        raise ValueError(f"--output must not overwrite the data set, got {options.output}. Choose another place.")
 
 
 # ---- shared by the commands ----------------------------------------------------------------------------------------

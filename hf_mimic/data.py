@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SAMPLE_ID = "sample_id"
+_FILE_KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 _UNREADABLE = (OSError, SyntaxError, DecompressionBombError)  # what PIL raises on broken files
 
 
@@ -176,17 +177,10 @@ def load_rows(name: str, split: str = "train") -> Dataset:
         ValueError: If the file's kind is unknown, a file is broken, or there is no such split.
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name)
-    if path.is_file():
-        kinds = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
-        if path.suffix not in kinds:
-            raise ValueError(f"a data file must end in {', '.join(kinds)}, got {name}.")
-        try:
-            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        except (DatasetGenerationError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{name} must be a {path.suffix} file with rows: {error.__cause__ or error}") from error
+    if path.suffix in _FILE_KINDS or path.is_file():
+        return _load_file(path, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(name)
         if not isinstance(loaded, DatasetDict):
@@ -195,6 +189,22 @@ def load_rows(name: str, split: str = "train") -> Dataset:
             raise ValueError(f"{name} must have the split {split!r}, got {', '.join(loaded)}.")
         return loaded[split]
     return load_dataset(name, split=split)
+
+
+def _load_file(path: Path, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"the data file {path} does not exist.")
+    if path.suffix not in _FILE_KINDS:
+        raise ValueError(f"a data file must end in {', '.join(_FILE_KINDS)}, got {path}.")
+    if split != "train":
+        raise ValueError(f"a single file has only the split 'train', got {split!r}. Give the file of that split.")
+    try:
+        return load_dataset(_FILE_KINDS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path} must be a {path.suffix} file with rows: {error.__cause__ or error}") from error
 
 
 def with_class_labels(dataset: Dataset, column: str, names: Sequence[str] | None = None) -> Dataset:
@@ -215,15 +225,20 @@ def with_class_labels(dataset: Dataset, column: str, names: Sequence[str] | None
         raise ValueError(f"the data set must have the column {column!r}, got {', '.join(dataset.column_names)}.")
     feature = dataset.features[column]
     encoded = isinstance(feature, ClassLabel)
+    values = dataset.with_format(None)[column][:]
+    numeric = all(value is None or isinstance(value, (int, float)) for value in values)
+    values = [int(v) if type(v) is float and v.is_integer() else v for v in values]
+    bad = sum(value is None or (numeric and not (isinstance(value, int) and value >= 0)) for value in values)
+    if bad:
+        raise ValueError(
+            f"every row must have a label in `{column}` (numbers from 0 up, or strings), got {bad} that have none or a "
+            "negative or fractional one; -1 usually means unlabelled. Drop these rows."
+        )
     if encoded and (names is None or list(names) == feature.names):
         return dataset
-    values = dataset.with_format(None)[column][:]
-    if None in values:
-        raise ValueError(f"every row must have a label in `{column}`, got {values.count(None)} without. Drop them.")
     labels = feature.int2str(values) if encoded else list(map(str, values))
     if names is None:
-        counted = all(type(value) is int and value >= 0 for value in values)
-        names = list(map(str, range(max(values) + 1))) if counted else sorted(set(labels))
+        names = list(map(str, range(max(values) + 1))) if numeric else sorted(set(labels))
     unknown = sorted(set(labels) - set(names))
     if unknown:
         raise ValueError(f"every label in `{column}` must be one of {', '.join(names)}, got {', '.join(unknown)}.")

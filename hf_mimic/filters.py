@@ -58,7 +58,8 @@ class ThresholdFilter(BaseEstimator):
         if not known.any():
             raise ValueError(
                 "the threshold filter must have relative weights, got none: they are recorded in training, a frozen scoring "
-                "pass has only `mimic_score`. Filter that column instead, for instance by `s > 0`."
+                "pass has only `mimic_score`, and a batch of one has no weights to compare. Filter by the score instead "
+                "(`s > 0`, or --min_score 0)."
             )
         samples, weights = samples[known], weights[known]
         least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1

@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
     ]
 )
 VALUES = ("mimic_score", "relative_weight", "loss")
+ATTACHED = (*VALUES, "n_visits", "keep")
+_SHARDS = "steps-*-rank-*.parquet"
 
 
 class ScoreTable:
@@ -58,7 +60,7 @@ class ScoreTable:
         table = cls(folder)
         if not table._shards():
             raise FileNotFoundError(
-                f"{folder} must hold the score shards (*.parquet) of a run, found none. "
+                f"{folder} must hold the score shards ({_SHARDS}) of a run, found none. "
                 "Give <output_dir>/scores of a MimicTrainer, or what `hf-mimic score` wrote."
             )
         return table
@@ -117,6 +119,12 @@ class ScoreTable:
         self._tables.clear()
         if self.folder is None or not self._shards():
             return None
+        others = [path.name for path in self.folder.iterdir() if not path.match(_SHARDS)]
+        if others:
+            raise ValueError(
+                f"{self.folder} must hold nothing but scores to be set aside, got {', '.join(sorted(others)[:3])}. "
+                "Choose another folder for the scores."
+            )
         number = 1
         while (target := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
             number += 1
@@ -155,7 +163,7 @@ class ScoreTable:
 
     def _shards(self) -> list[Path]:
         """Return the shards, oldest first: when rows repeat, those written later win."""
-        files = list(self.folder.glob("*.parquet")) if self.folder is not None else []
+        files = list(self.folder.glob(_SHARDS)) if self.folder is not None else []
         return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
     def _collect(self) -> None:
@@ -206,7 +214,7 @@ def attach_scores(
         ValueError: If a column of that name is already there, no id matches, or `keep` has another length.
     """
     scores = table.aggregate()
-    names = [*VALUES, "n_visits", *([] if keep is None else ["keep"])]
+    names = [name for name in ATTACHED if name != "keep" or keep is not None]
     taken = [name for name in names if name in dataset.column_names]
     if taken:
         raise ValueError(

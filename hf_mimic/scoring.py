@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.losses import PerSampleLoss, loss_for_model
-from hf_mimic.mimic import eval_mode, mimic_forward
+from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
 from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def score_dataset(
     )
     loss_fn = loss_fn or loss_for_model(model)
     device = next(model.parameters()).device
+    if not direction_norm(direction):
+        warnings.warn(
+            "the reference equals the model in the chosen layers (||v|| = 0): every score is 0.", stacklevel=2
+        )
     table = ScoreTable()
     with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):

@@ -74,6 +74,10 @@ class MimicTrainer(Trainer):
                 "`reference_model` must be a Hub repo id, a folder, a model or a state dict, got none. "
                 "Without one there is nothing to mimic; use the plain Trainer."
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` must be None: pass a per-sample `loss_fn`, (outputs, batch) -> (B,)."
+            )
         column = args.sample_id_column
         if isinstance(train_dataset, datasets.Dataset):
             read_sample_ids(train_dataset, column)
@@ -233,7 +237,8 @@ class MimicTrainer(Trainer):
         if not norm:
             warnings.warn(
                 "the reference equals the model in the chosen layers (||v|| = 0): there is no direction, so all "
-                "weights are uniform until they differ. Start from another checkpoint, or choose other `mimic_layers`.",
+                "weights are uniform until they differ, and then point back to the start. Start from another "
+                "checkpoint, or choose other `mimic_layers`.",
                 stacklevel=3,
             )
         return direction

@@ -282,7 +282,7 @@ def test_failures_are_1(home, tmp_path, capsys):
 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not a parquet file PAR1")
     (tmp_path / "rows.txt").write_text("x")
-    fails(capsys, 1, "must hold the score shards (*.parquet)", filtered(home / "rows.parquet"))
+    fails(capsys, 1, "must hold the score shards (steps-*-rank-*.parquet)", filtered(home / "rows.parquet"))
     fails(capsys, 1, "a data file must end in", filtered(tmp_path / "rows.txt"))
     fails(
         capsys,

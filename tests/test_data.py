@@ -334,8 +334,30 @@ def test_class_labels_decode_no_image(monkeypatch):
 def test_class_labels_need_their_column_and_every_label():
     with pytest.raises(ValueError, match="must have the column 'kind', got x, label"):
         with_class_labels(numbers(), "kind")
-    with pytest.raises(ValueError, match=r"every row must have a label in `label`, got 2 without. Drop them"):
-        with_class_labels(Dataset.from_dict({"label": ["a", None, None]}), "label")
+    for labels in (["a", None, None], [0, -1, -1], [0.0, 1.5, None]):
+        with pytest.raises(ValueError, match=r"every row must have a label in `label`.*, got 2 that have none"):
+            with_class_labels(Dataset.from_dict({"label": labels}), "label")
+
+
+def test_integers_and_whole_floats_keep_their_numbers():
+    for labels in ([0, 11, 2], [0.0, 11.0, 2.0]):
+        rows = with_class_labels(Dataset.from_dict({"label": labels}), "label")
+        assert rows["label"] == [0, 11, 2]
+        assert rows.features["label"].names == list(map(str, range(12)))
+
+
+def test_an_encoded_label_is_checked_too():
+    features = Features({"label": ClassLabel(names=["a", "b"])})
+    with pytest.raises(ValueError, match="got 1 that have none or a negative"):
+        with_class_labels(Dataset.from_dict({"label": [0, None]}, features=features), "label")
+
+
+def test_a_file_has_one_split(tmp_path):
+    numbers().to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="only the split 'train', got 'test'"):
+        load_rows(str(tmp_path / "rows.parquet"), "test")
+    with pytest.raises(FileNotFoundError, match=r"absent\.parquet does not exist"):
+        load_rows(str(tmp_path / "absent.parquet"))
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

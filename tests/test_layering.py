@@ -28,7 +28,20 @@ ARROWS: dict[str, set[str]] = {
     "arguments": {"checks", "mimic", "selection"},
     "trainer": {"arguments", "data", "losses", "mimic", "reference", "scores", "selection"},
     "demo": {"arguments", "data", "filters", "metrics", "scores", "trainer"},
-    "commands": {"arguments", "checks", "data", "demo", "filters", "metrics", "mimic", "scores", "scoring", "trainer"},
+    "command_arguments": set(),
+    "commands": {
+        "arguments",
+        "command_arguments",
+        "checks",
+        "data",
+        "demo",
+        "filters",
+        "metrics",
+        "mimic",
+        "scores",
+        "scoring",
+        "trainer",
+    },
     "cli": {"commands"},
 }
 LINES, BODY = 300, 50

@@ -203,7 +203,7 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [lambda p: p / "absent", lambda p: p])
 def test_load_needs_shards(tmp_path, make):
     with pytest.raises(
-        FileNotFoundError, match=r"must hold the score shards \(\*.parquet\) of a run, found none. Give"
+        FileNotFoundError, match=r"must hold the score shards \(steps-\*-rank-\*.parquet\) of a run, found none. Give"
     ):
         ScoreTable.load(make(tmp_path))
 

@@ -37,6 +37,7 @@ QUIET = {
 }
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 FIRST = 100  # the first sample id
+ALL = list(range(FIRST, FIRST + 16))
 
 
 def rows_of(batch):
@@ -85,6 +86,13 @@ def assert_close(gradients, expected, tolerance=1e-5):
 
 def column(trainer, name):
     return np.array(trainer.scores.to_arrow()[name].to_pylist(), dtype=float)
+
+
+def visits(trainer):
+    """Return the ids of each epoch, sorted."""
+    rows = trainer.scores.to_arrow()
+    ids, epochs = (rows[name].to_numpy() for name in ("sample_id", "epoch"))
+    return [sorted(ids[epochs == epoch].tolist()) for epoch in np.unique(epochs)]
 
 
 def same_weights(a, b):
@@ -335,6 +343,33 @@ def test_predictions(vit, tmp_path, with_ids, with_labels):
     assert (predicted.label_ids is not None) is with_labels
 
 
+def test_a_plain_torch_module(tmp_path):
+    """It takes pixels and nothing else: neither ids nor labels reach it."""
+    model = models.Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, models.LABELS)))
+    batch = models.make_batch("vit", size=16)
+    rows = rows_of(batch)
+    arguments = {"eval_dataset": rows, "compute_metrics": accuracy}
+    trainer = fit(model, tmp_path, rows=rows, arguments=arguments, label_names=["labels"], mimic_layers="all", **SGD)
+    assert visits(trainer) == [ALL] * 3
+    assert trainer.evaluate()["eval_accuracy"] > 0.5
+    predicted = trainer.predict(rows.remove_columns("labels")).predictions
+    torch.testing.assert_close(torch.tensor(predicted), trainer.model(batch["pixel_values"]).logits.detach())
+
+
+def test_adapters(tmp_path):
+    model, batch = models.with_lora(models.make("clip_classifier")), models.make_batch("clip_classifier", size=8)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    direction = reference_direction(model, models.moved(model), "all")
+    assert set(direction) == trained
+    scores = scores_by_loop(copy.deepcopy(model), batch, direction, losses.cross_entropy)
+    _, expected = plain_step(copy.deepcopy(model), batch, losses.cross_entropy, torch.softmax(scores / 0.3, 0))
+    rows, options = rows_of(batch), {"mimic_layers": "all", "temperature": 0.3, "max_steps": 1}
+    trainer = fit(model, tmp_path, rows=rows, arguments={"eval_dataset": rows}, **options, **SGD)
+    assert relative_error(torch.tensor(column(trainer, "mimic_score")), scores) <= 1e-5
+    assert_close(gradients_of(trainer)[0], expected)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_several_evaluation_sets_during_training(vit, tmp_path):
     model, _, rows = vit
     parts = {"first": rows.select(range(8)), "second": rows.select(range(8, 16))}
@@ -438,16 +473,6 @@ def test_own_loss_must_not_be_reduced(vit, tmp_path):
 
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
-
-
-def visits(trainer):
-    """Return the ids of each epoch, sorted."""
-    rows = trainer.scores.to_arrow()
-    ids, epochs = (rows[name].to_numpy() for name in ("sample_id", "epoch"))
-    return [sorted(ids[epochs == epoch].tolist()) for epoch in np.unique(epochs)]
-
-
-ALL = list(range(FIRST, FIRST + 16))
 
 
 @pytest.mark.parametrize("remove", [True, False])
@@ -686,6 +711,20 @@ def test_scores_survive_a_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert same_weights(resumed.model, whole.model)
     assert resumed.scores.to_arrow().equals(whole.scores.to_arrow())
+
+
+def test_a_checkpoint_has_its_scores_on_disk_whatever_happens_next(vit, tmp_path):
+    model, _, rows = vit
+
+    class Crash(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:  # in the middle of an epoch, after the checkpoint
+                raise RuntimeError("power cut")
+
+    options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 4}
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(model, tmp_path, rows=rows, arguments={"callbacks": [Crash()]}, **options)
+    assert len(ScoreTable.load(tmp_path / "scores")) == 24
 
 
 def test_checkpoints_and_models_load_as_ever(vit, tmp_path):

@@ -1,0 +1,91 @@
+"""The flags of the commands: every field is one, described by the docstring of its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DemoArguments:
+    """Score, reweight, record and filter on scikit-learn's digits, without network.
+
+    Args:
+        output_dir: Where scores, the curated data set, figures and results.json go.
+        seeds: How many seeds to run.
+    """
+
+    output_dir: str = "demo_output"
+    seeds: int = 3
+
+
+@dataclass
+class DataArguments:
+    """The data set to train on or to score.
+
+    Args:
+        model: Hub repo id or folder of the student; for training, its head is made anew if the labels differ.
+        dataset: Hub data set, folder (images, Parquet, save_to_disk) or data file.
+        split: Split of the data set.
+        eval_split: Split to evaluate on after each epoch, or a data file.
+        image_column: Column with the images.
+        label_column: Column with the labels.
+        on_error: What to do with an image that does not decode: "raise" names its row, "skip" drops and counts it.
+    """
+
+    model: str
+    dataset: str
+    split: str = "train"
+    eval_split: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    on_error: str = "raise"
+
+
+@dataclass
+class ScoreArguments:
+    """Score a data set with a frozen model.
+
+    Args:
+        reference_model: Hub repo id or folder of the reference.
+        reference_revision: Branch, tag or commit of the reference's Hub repo.
+        mimic_layers: "head", "last_mlp", "last_block", "all", names, suffixes or regular expressions.
+        sample_id_column: Integer id column; added if the data set has none.
+        batch_size: Samples per forward pass.
+        num_workers: Processes that decode images.
+        output_dir: Where the score shards go.
+    """
+
+    reference_model: str
+    reference_revision: str | None = None
+    mimic_layers: list[str] = field(default_factory=lambda: ["head"])
+    sample_id_column: str = "sample_id"
+    batch_size: int = 32
+    num_workers: int = 0
+    output_dir: str = "scores"
+
+
+@dataclass
+class FilterArguments:
+    """Write the curated data set: scores as columns, rejected rows left out.
+
+    Args:
+        dataset: The data set that was scored: Hub data set, folder or data file.
+        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`.
+        output: Parquet file to write.
+        split: Split of the data set.
+        sample_id_column: Integer id column; added, in row order, if the data set has none.
+        threshold: Least relative weight (uniform = 1) at most visits; the papers' 1/b is 1.
+        min_score: Keep by a mean mimic score of at least this instead; for scores without training.
+        drop_unscored: Leave out rows without a score, such as images that did not decode.
+        keep_all: Write every row, with the column `keep`.
+    """
+
+    dataset: str
+    scores: str
+    output: str = "curated.parquet"
+    split: str = "train"
+    sample_id_column: str = "sample_id"
+    threshold: float = 1.0
+    min_score: float | None = None
+    drop_unscored: bool = False
+    keep_all: bool = False
