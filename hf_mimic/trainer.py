@@ -277,7 +277,6 @@ class _ScoreCallback(TrainerCallback):
         self.trainer.scores.flush(args.process_index)
 
     on_save = on_epoch_end
-    on_train_end = on_epoch_end
 
 
 def _is_finite(forward: MimicForward) -> Tensor:
