@@ -98,8 +98,9 @@ def primal_of(x: Any) -> Any:
 
 
 def tangent_of(x: Any) -> Tensor | None:
-    """Return the tangent of `x`, or None if it carries none."""
-    return x._tangent if isinstance(x, Dual) else None
+    """Return the tangent of `x`, or None if it carries none; a parameter's may be computed only now."""
+    tangent: Any = x._tangent if isinstance(x, Dual) else None
+    return tangent() if callable(tangent) else tangent
 
 
 def strip(tree: Any) -> Any:
@@ -108,12 +109,13 @@ def strip(tree: Any) -> Any:
 
 
 @contextmanager
-def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor]) -> Iterator[None]:
+def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
     """Within the context the named parameters of `model` carry tangents; afterwards the model is as before.
 
     Args:
         model: Any module; a shared (tied) parameter carries its tangent at every place.
-        tangents: Parameter name to tensor of the parameter's shape, dtype and device.
+        tangents: Parameter name to tensor of the parameter's shape, dtype and device, or to a function that makes
+            it whenever a torch function meets the parameter: not all of them at once.
     """
     scope, swapped = _Pass(), []
     try:
@@ -134,7 +136,7 @@ def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor]) -> Iterato
         scope.close()
 
 
-def _make(primal: Tensor, tangent: Tensor, scope: _Pass) -> Dual:
+def _make(primal: Tensor, tangent: Any, scope: _Pass) -> Dual:
     dual = primal.as_subclass(Dual)
     dual._primal = primal if torch.is_grad_enabled() else None
     dual._tangent, dual._pass = tangent, scope

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def reference_direction(
     Raises:
         ValueError: If no parameter matches or the reference does not fit; see `read_tensors`.
     """
-    return MimicDirection(model, reference, layers, revision=revision)()
+    return dict(MimicDirection(model, reference, layers, revision=revision)())
 
 
 class MimicDirection:
@@ -81,22 +82,34 @@ class MimicDirection:
             )
         self.tensors = self._like_parameters(read_tensors(reference, model, self.names, revision=revision))
         if kind == "start":
-            self.tensors = self._minus(self.tensors, self.parameters)
+            self.tensors = dict(_Difference(self.tensors, self.parameters))
         elif kind == "task_vector":
             origin = read_tensors(base, model, self.names)  # type: ignore[arg-type]
-            self.tensors = self._minus(self.tensors, self._like_parameters(origin))
+            self.tensors = dict(_Difference(self.tensors, self._like_parameters(origin)))
 
-    def __call__(self) -> dict[str, Tensor]:
+    def __call__(self) -> Mapping[str, Tensor]:
         """Return v at the parameters' present values: name to tensor."""
-        return self._minus(self.tensors, self.parameters) if self.kind == "current" else self.tensors
+        return _Difference(self.tensors, self.parameters) if self.kind == "current" else self.tensors
 
     def _like_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in self.parameters.items()}
         return {n: tensors[n].to(p.device, wide[n], copy=True) for n, p in self.parameters.items()}
 
-    @staticmethod
-    def _minus(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor - b[name].detach().to(tensor) for name, tensor in a.items()}
+
+class _Difference(Mapping[str, Tensor]):
+    """The tensors a - b, each made when it is asked for: all at once would take as much memory as the model."""
+
+    def __init__(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+        self.a, self.b = a, b
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.a[name] - self.b[name].detach().to(self.a[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.a)
+
+    def __len__(self) -> int:
+        return len(self.a)
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class MimicForward:
 
 def direction_norm(direction: Mapping[str, Tensor]) -> Tensor:
     """Return ||v|| over all chosen parameters, as a 0-d tensor."""
-    return torch.stack(torch._foreach_norm(list(direction.values()))).norm()
+    return torch.stack([v.norm() for v in direction.values()]).norm()
 
 
 def mimic_forward(
@@ -131,9 +144,8 @@ def mimic_forward(
         NotImplementedError: If a function behind the chosen parameters has no forward-mode derivative.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    _check_direction(direction, named)
-    norm = direction_norm(direction)
-    tangents = {name: v.to(named[name].dtype) for name, v in direction.items()}
+    norm = _checked_norm(direction, named)
+    tangents = {name: partial(_cast, direction, name, named[name].dtype) for name in direction}
     grad = torch.is_grad_enabled()
     # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
     with torch.inference_mode(False), torch.set_grad_enabled(grad), dual_parameters(model, tangents):
@@ -156,14 +168,24 @@ def mimic_forward(
     return MimicForward(losses, scores.detach(), outputs, norm)
 
 
-def _check_direction(direction: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, v in direction.items() if name not in named or v.shape != named[name].shape]
+def _cast(direction: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return direction[name].to(dtype)
+
+
+def _checked_norm(direction: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> Tensor:
+    """Return ||v||, looking at every tensor once: a direction may make them as they are asked for."""
+    norms, wrong = [], []
+    for name, v in direction.items():
+        norms.append(v.norm())
+        if name not in named or v.shape != named[name].shape:
+            wrong.append(name)
     if wrong or not direction:
         raise ValueError(
             f"the direction must hold one tensor per chosen parameter of this model, in its shape, got {len(direction)} "
             f"of which {len(wrong)} do not fit{': ' * bool(wrong)}{', '.join(wrong[:3])}. Compute it by "
             "`reference_direction` with the model as it is scored (after PEFT wrapped it)."
         )
+    return torch.stack(norms).norm()
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """`ScoreTable`: rows, shards, means by hand; `attach_scores`: joined by id, without decoding an image."""
 
+import os
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -176,13 +178,17 @@ def test_shards_of_the_same_steps_do_not_replace_each_other(tmp_path):
     assert ScoreTable.load(tmp_path).to_arrow()["sample_id"].to_pylist() == [0, 1, 2]
 
 
-def test_a_later_shard_wins(tmp_path):
-    for value, steps in ((1.0, (0, 1, 2)), (7.0, (1,))):  # a run resumed after step 0 that ended at step 1
+@pytest.mark.parametrize(("before", "after"), [((0, 1, 2), (1,)), ((1, 2), (0, 1))])
+def test_a_later_shard_wins(tmp_path, before, after):
+    """A resumed run repeats steps; its shard may sort before or behind the one it repeats."""
+    for value, steps in ((1.0, before), (7.0, after)):
         table = ScoreTable(tmp_path)
         for step in steps:
             table.record([4], epoch=0, step=step, loss=[value])
-        table.flush()
-    assert ScoreTable.load(tmp_path).to_arrow()["loss"].to_pylist() == [1.0, 7.0, 1.0]
+        path = table.flush()
+        os.utime(path, ns=(0, int(value) * 10**9))
+    expected = [7.0 if step in after else 1.0 for step in sorted({*before, *after})]
+    assert ScoreTable.load(tmp_path).to_arrow()["loss"].to_pylist() == expected
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):

@@ -83,6 +83,15 @@ def test_auto_temperature_gives_an_effective_size_of_half_the_batch(kind, size):
     assert share.item() == pytest.approx(0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("outlier", [-1e4, 1e4])
+def test_auto_temperature_with_one_sample_far_away(outlier):
+    scores = draw("normal", 64)
+    scores[5] = outlier
+    weights = mimic(signals(scores), temperature="auto")
+    assert effective_sample_size(weights).item() / 64 == pytest.approx(0.5, rel=0.02)
+    assert weights[5] == (weights.min() if outlier < 0 else weights.max())
+
+
 def test_auto_temperature_with_another_share():
     scores = draw("normal", 64)
     for share in (0.1, 0.3, 0.9):

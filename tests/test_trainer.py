@@ -854,6 +854,17 @@ def test_an_overflow_inside_a_contrastive_batch_skips_it(tmp_path):
     assert [entry.get("nonfinite_samples") for entry in trainer.state.log_history[:2]] == [8, None]
 
 
+def test_a_batch_that_stays_not_finite_without_its_first_sample(tmp_path):
+    model, batch = models.make("resnet"), models.make_batch("resnet", size=8)
+
+    def loss_fn(outputs, batch):  # there is always one
+        return losses.cross_entropy(outputs, batch) + torch.tensor([torch.nan] + [0.0] * (len(batch["labels"]) - 1))
+
+    trainer = fit(model, tmp_path, rows=rows_of(batch), arguments={"loss_fn": loss_fn}, max_steps=1, **SGD)
+    assert same_weights(trainer.model, model)  # batch statistics too
+    assert column(trainer, "relative_weight").tolist() == [0.0] * 8
+
+
 @pytest.mark.parametrize("place", ["reference", "student"])
 def test_weights_that_are_not_finite(vit, tmp_path, place):
     model, _, rows = vit
