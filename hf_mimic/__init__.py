@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_mimic import data, losses, selection
+    from hf_mimic import data, losses, metrics, selection
     from hf_mimic.arguments import MimicTrainingArguments
     from hf_mimic.filters import ThresholdFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
@@ -25,7 +25,7 @@ _HOMES = {
     "reference_direction": "mimic",
     "score_dataset": "scoring",
 }
-_MODULES = ("data", "losses", "selection")
+_MODULES = ("data", "losses", "metrics", "selection")
 
 __all__ = [
     "MimicTrainer",
@@ -35,6 +35,7 @@ __all__ = [
     "attach_scores",
     "data",
     "losses",
+    "metrics",
     "mimic_scores",
     "reference_direction",
     "score_dataset",
