@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_mimic.checks import check_choice
@@ -32,14 +34,16 @@ class MimicTrainingArguments(TrainingArguments):
             expressions.
         direction: "current" (reference minus present weights, the paper's), "start" (minus the weights at the start)
             or "task_vector" (reference minus its base).
-        temperature: tau of softmax(score / tau): a positive number, or "auto" for an effective sample size of half
-            the batch.
+        temperature: tau of softmax(score / tau): a positive number, or "auto" for an effective sample size of about
+            half of the samples, from the scores of earlier steps (weight_scope="device": of the micro-batch).
         strategy: How scores become weights: "mimic", or "uniform" to train plainly and only record.
         reweight: Which parameters get the weighted gradient: "all", or "mimic_layers" (the others get the plain mean).
-        weight_scope: The group over which weights are normalised: "global" (the whole optimizer step) or "device"
-            (each micro-batch, as in the papers).
+        weight_scope: The group over which weights are normalised: "global" (the whole optimizer step: all processes
+            and accumulated micro-batches) or "device" (each micro-batch of each process, as in the papers).
         sample_id_column: int64 column of the train data set that identifies a sample.
         record_scores: Write every visit to <output_dir>/scores.
+        self_check_steps: Compare gradient and scores on the first step and then every so many steps; 0: on the first
+            step only, -1: never.
     """
 
     reference_model: str | None = field(default=None)
@@ -53,8 +57,10 @@ class MimicTrainingArguments(TrainingArguments):
     weight_scope: str = field(default="global")
     sample_id_column: str = field(default="sample_id")
     record_scores: bool = field(default=True)
+    self_check_steps: int = field(default=0)
 
     def __post_init__(self) -> None:
+        self._join_processes()
         super().__post_init__()
         if isinstance(self.mimic_layers, str):
             self.mimic_layers = [self.mimic_layers]
@@ -63,6 +69,12 @@ class MimicTrainingArguments(TrainingArguments):
         self._check_temperature()
         self._check_smoothing()
         self._check_engine()
+
+    def _join_processes(self) -> None:
+        """Let `ddp_timeout` hold on the CPU too, where transformers 5.23 starts the process group without it."""
+        launched = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" in os.environ
+        if self.use_cpu and launched and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
 
     @property
     def tau(self) -> float | str:
@@ -94,10 +106,10 @@ class MimicTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`use_liger_kernel` must be False: its fused loss returns no logits, so there is no per-sample loss."
             )
-        if self.torch_compile:
+        if self.torch_compile and self.reweight == "mimic_layers":
             raise ValueError(
-                "`torch_compile` must be False: compiled code drops tangents, and the scores with them. "
-                "Scoring the last layers without compilation costs a few per cent."
+                '`reweight`="mimic_layers" must have `torch_compile`=False, got True: compiled code cannot be '
+                'differentiated twice. Use reweight="all".'
             )
         checkpointing: Any = self.activation_checkpointing_kwargs or {}
         if self.reweight == "mimic_layers" and checkpointing.get("use_reentrant"):
@@ -105,8 +117,8 @@ class MimicTrainingArguments(TrainingArguments):
                 '`reweight`="mimic_layers" must have checkpointing with use_reentrant=False, got True, which hides the '
                 'layers inside from `torch.autograd.grad`. Use the default checkpointing, or reweight="all".'
             )
-        if self.weight_scope == "global" and self.gradient_accumulation_steps > 1:
+        if self.self_check_steps < -1:
             raise ValueError(
-                '`weight_scope`="global" must see the whole optimizer step, got gradient_accumulation_steps='
-                f'{self.gradient_accumulation_steps}. Use weight_scope="device": weights per micro-batch.'
+                f"`self_check_steps` must be -1 (never), 0 (the first step) or a number of steps, got "
+                f"{self.self_check_steps}."
             )

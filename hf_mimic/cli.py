@@ -101,3 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-mimic {argv[0]}: {type(error).__name__}: {_told(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":  # accelerate launch -m hf_mimic.cli
+    sys.exit(main())

@@ -128,7 +128,12 @@ def direction_norm(direction: Mapping[str, Tensor]) -> Tensor:
 
 
 def mimic_forward(
-    model: nn.Module, batch: Mapping[str, Any], direction: Mapping[str, Tensor], loss_fn: PerSampleLoss
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    direction: Mapping[str, Tensor],
+    loss_fn: PerSampleLoss,
+    *,
+    base: nn.Module | None = None,
 ) -> MimicForward:
     """Run the model once; return losses, their graph as in plain training, and m_i = <-grad l_i, v> / ||v||.
 
@@ -137,18 +142,21 @@ def mimic_forward(
         batch: What the model takes, labels included; B samples.
         direction: Parameter name to v, from `reference_direction`.
         loss_fn: (outputs, batch) -> (B,).
+        base: The model inside `model`, if that is a wrapper (DistributedDataParallel); the direction names its
+            parameters.
 
     Raises:
         ValueError: If the direction does not fit the model, no chosen parameter influences the losses, or `loss_fn`
             returns another shape.
         NotImplementedError: If a function behind the chosen parameters has no forward-mode derivative.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    base = base or model
+    named = dict(base.named_parameters(remove_duplicate=False))
     norm = _checked_norm(direction, named)
     tangents = {name: partial(_cast, direction, name, named[name].dtype) for name in direction}
     grad = torch.is_grad_enabled()
     # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), dual_parameters(model, tangents):
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), dual_parameters(base, tangents):
         outputs = model(**model_inputs(batch))
         losses = loss_fn(outputs, batch)
         tangent, losses, outputs = tangent_of(losses), primal_of(losses), strip(outputs)

@@ -71,7 +71,7 @@ def read_tensors(
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Return parameter name to all names of that parameter, its own first: a checkpoint stores a tied one once."""
     by_id: dict[int, list[str]] = defaultdict(list)
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = model.state_dict(keep_vars=True)  # buffers too: a checkpoint is read by the same rules
     for name, parameter in named.items():
         by_id[id(parameter)].append(name)
     return {name: sorted(by_id[id(p)], key=lambda alias: alias != name) for name, p in named.items()}
@@ -103,7 +103,7 @@ def check_labels(model: nn.Module, config: Mapping[str, Any], reference: str) ->
 
 
 def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str], reference: Any) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict(keep_vars=True).items()}
     wrong = [f"{n}: not in the reference" for n in names if n not in found]
     wrong += [
         f"{n}: {shapes[n]} here, {tuple(found[n].shape)} in the reference"
@@ -201,7 +201,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
 
 def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[str], list[str]]]:
     """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
-    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    own = list(model.state_dict(keep_vars=True))
     plain = {_without_peft(name, model): name for name in own}
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}

@@ -5,7 +5,6 @@ Read `ScoreTable` (record, flush, load, aggregate), then `attach_scores`. A valu
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hf_mimic.data import read_sample_ids
+from hf_mimic.files import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,15 +103,22 @@ class ScoreTable:
         steps = rows["step"].to_numpy()
         path = self.folder / f"steps-{steps.min():08d}-{steps.max():08d}-rank-{rank:05d}.parquet"
         if path.exists():  # other samples of the same steps
-            rows = pa.concat_tables([pq.read_table(path, schema=SCHEMA), rows])
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            pq.write_table(rows, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            rows = pa.concat_tables([_read(path), rows])
+        self._write(path, rows)
         self._tables.clear()
         return path
+
+    def truncate(self, step: int) -> None:
+        """Forget the visits at `step` and later, on the disk too: a resumed run makes them again."""
+        self._collect()
+        self._tables = [table.filter(pa.compute.field("step") < step) for table in self._tables]
+        for path in self._shards():
+            rows = _read(path)
+            kept = rows.filter(pa.compute.field("step") < step)
+            if not len(kept):
+                path.unlink()
+            elif len(kept) < len(rows):
+                self._write(path, kept)
 
     def set_aside(self) -> Path | None:
         """Move the shards of an earlier run out of the way, to `<folder>-1`, `-2` ...; return where they went."""
@@ -131,12 +138,12 @@ class ScoreTable:
         return self.folder.rename(target)
 
     def to_arrow(self) -> pa.Table:
-        """Return all rows, ordered by step; of rows with the same sample and step (a resumed run), the last one."""
+        """Return all rows, ordered by step; a sample that was visited twice in one step has one row, the last."""
         self._collect()
-        tables = [pq.read_table(path, schema=SCHEMA) for path in self._shards()] + self._tables
+        tables = [_read(path) for path in self._shards()] + self._tables
         rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         keys = np.stack([rows["step"].to_numpy(), rows["sample_id"].to_numpy()])
-        order = np.lexsort(keys[::-1])  # stable: later shards last
+        order = np.lexsort(keys[::-1])  # stable
         same = (keys[:, order][:, 1:] == keys[:, order][:, :-1]).all(0)
         return rows.take(pa.array(order[np.append(~same, True)] if len(order) else order))
 
@@ -162,14 +169,31 @@ class ScoreTable:
         return len(self.to_arrow())
 
     def _shards(self) -> list[Path]:
-        """Return the shards, oldest first: when rows repeat, those written later win."""
-        files = list(self.folder.glob(_SHARDS)) if self.folder is not None else []
-        return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return sorted(self.folder.glob(_SHARDS)) if self.folder is not None else []
+
+    def _write(self, path: Path, rows: pa.Table) -> None:
+        try:
+            write_atomically(path, lambda file: pq.write_table(rows, file, compression="zstd"))
+        except OSError as error:
+            raise OSError(
+                f"the scores of {len(rows)} visits could not be written to {path.parent} ({error}). Earlier shards are "
+                "whole. Make room, then resume from the last checkpoint."
+            ) from error
 
     def _collect(self) -> None:
         if self._buffer:
             self._tables.append(pa.concat_tables([_rows(visit) for visit in self._buffer]))
             self._buffer = []
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=SCHEMA)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"a score shard must be a whole Parquet file, {path} is not ({error}). It was cut off or changed after it "
+            "was written; delete it to go on without its visits."
+        ) from error
 
 
 def _rows(visit: Mapping[str, Any]) -> pa.Table:

@@ -1,10 +1,11 @@
-"""Strategies: the signals of one batch in, weights (B,) out; non-negative, summing to one, uniform being 1/B.
+"""Strategies: the signals of some samples in, their log-weights (B,) out; the softmax over `weight_scope` is the caller's.
 
 Read `STRATEGIES` at the end for what there is. Every function can be read against its paper in one screen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,31 +17,29 @@ AUTO_SHARE = 0.5
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """What is known about the samples of a batch when their weights are chosen: tensors (B,), without graph."""
+    """What is known about samples when their weights are chosen: tensors (B,), without graph."""
 
     losses: Tensor
     mimic_scores: Tensor
 
 
-def mimic(signals: BatchSignals, *, temperature: float | str = 1.0) -> Tensor:
+def mimic(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Weight by the mimic score: w = softmax(m / tau).
 
     Args:
         signals: Of one batch.
-        temperature: tau, in units of the score; `"auto"` chooses it from the batch (`auto_temperature`).
+        temperature: tau, in units of the score.
 
     Returns:
-        Weights (B,).
+        Log-weights m / tau (B,).
 
     References:
         Mimic Score, arXiv 2501.06708, stage 1.
     """
-    scores = signals.mimic_scores
-    tau = auto_temperature(scores) if temperature == "auto" else float(temperature)
-    return torch.softmax(scores / tau, 0)
+    return signals.mimic_scores / temperature
 
 
-def uniform(signals: BatchSignals, *, temperature: float | str = 1.0) -> Tensor:
+def uniform(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Weight every sample alike: plain training that still records scores.
 
     Args:
@@ -48,9 +47,62 @@ def uniform(signals: BatchSignals, *, temperature: float | str = 1.0) -> Tensor:
         temperature: Not used.
 
     Returns:
-        Weights (B,).
+        Log-weights (B,), all 0.
     """
-    return torch.full_like(signals.mimic_scores, 1 / len(signals.mimic_scores))
+    return torch.zeros_like(signals.mimic_scores)
+
+
+class RunningTemperature:
+    """tau from the scores of earlier steps: scale-free, and the same however a step is split.
+
+    tau = k sigma. sigma^2 is the moving average of the scores' variance within a step; k follows the effective
+    sample sizes that the weights really had, so that they stay at `share` of the samples. For normal scores that size
+    is exp(-1 / k^2) of them, and each step k^2 moves toward the value that this would ask for.
+
+    Args:
+        share: Of the samples, in (0, 1).
+        rate: Weight of the newest step in the averages.
+    """
+
+    def __init__(self, share: float = AUTO_SHARE, rate: float = 0.1) -> None:
+        self.share, self.rate = share, rate
+        self.variance: Tensor | None = None  # sigma^2
+        self.shape: Tensor | None = None  # k^2
+
+    @property
+    def value(self) -> Tensor:
+        """tau, 0-d; infinite (equal weights) as long as all scores of a step were equal."""
+        if self.variance is None or self.shape is None:
+            raise RuntimeError("the running temperature must have seen the scores of a step, got none.")
+        return torch.where(self.variance > 0, (self.variance * self.shape).sqrt(), torch.inf)
+
+    def start(self, scores: Tensor) -> None:
+        """Begin with the temperature that suits the scores (N,) of the first step."""
+        size = torch.tensor(float(len(scores)))
+        tau = auto_temperature(scores, float(_share_of(size, self.share))) if len(scores) > 1 else torch.inf
+        variance = scores.var() if len(scores) > 1 else scores.new_zeros(())
+        shape = torch.as_tensor(tau, device=scores.device, dtype=scores.dtype).square() / variance
+        self.variance = variance
+        self.shape = torch.where(shape.isfinite(), shape, -1 / math.log(self.share))
+
+    def update(self, variance: Tensor, effective_share: Tensor, count: Tensor) -> None:
+        """Take in one step: its scores' variance, their effective sample size as a share, their number; 0-d each.
+
+        A step of one sample, or of equal scores, says nothing and changes nothing.
+        """
+        if self.variance is None or self.shape is None:
+            return
+        told = variance.isfinite() & (variance > 0) & (count > 1)
+        average = torch.where(self.variance > 0, self.variance.lerp(variance, self.rate), variance)
+        ratio = effective_share.log() / _share_of(count, self.share).log()
+        moved = torch.where(self.variance > 0, self.shape * (1 + self.rate * (ratio - 1)), self.shape)
+        self.variance = torch.where(told, average, self.variance)
+        self.shape = torch.where(told, moved, self.shape).clamp(1e-4, 1e4)
+
+
+def _share_of(count: Tensor, share: float) -> Tensor:
+    """Return what an effective sample size of `share` becomes among few samples: they spread less than many."""
+    return share ** ((count - 1) / (count + 1))
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

@@ -1,35 +1,43 @@
 """`MimicTrainer`: a `Trainer` whose loss weights each sample by its mimic score, and which records every score.
 
-Wiring only: losses.py, mimic.py and selection.py compute. `compute_loss` is the story; read it first.
+Wiring only: mimic.py scores, selection.py and optimizer_step.py weigh, finite.py and padding.py say which samples
+count, engine.py knows the processes, resuming.py the checkpoints. The step itself is in scored_training.py.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
+from hf_mimic.engine import Engine, check_engine, is_compiled
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
-from hf_mimic.mimic import MimicDirection, MimicForward, direction_norm, mimic_forward
+from hf_mimic.mimic import MimicDirection, direction_norm
+from hf_mimic.padding import EpochEnd
 from hf_mimic.reference import Reference
+from hf_mimic.resuming import ResumingTrainer
+from hf_mimic.scored_training import ScoredTraining
 from hf_mimic.scores import ScoreTable
-from hf_mimic.selection import STRATEGIES, BatchSignals, effective_sample_size
+
+DIRECTION_NAME = "mimic_direction.safetensors"
 
 
-class MimicTrainer(Trainer):
+class MimicTrainer(ResumingTrainer):
     """Fine-tune on data that is partly wrong: every sample counts as much as its gradient pulls toward a reference.
 
     Takes what `Trainer` takes. Evaluation is unweighted. The log has, beside the weighted `loss`, `plain_loss`,
     `mimic_score_mean`, `mimic_score_std`, `negative_share` (of scores), `effective_sample_size` (1 / sum w^2, as a
-    share of the batch), `direction_norm` (||v||) and, where there were any, `nonfinite_samples`.
+    share of the samples), `direction_norm` (||v||) and, where there were any, `nonfinite_samples`.
 
     Args:
         model: The student.
@@ -42,17 +50,16 @@ class MimicTrainer(Trainer):
         **kwargs: Of `Trainer`.
 
     Raises:
-        ValueError: If the reference does not fit, no layer matches, ids are missing, or the set-up (DataParallel,
-            several processes, FSDP, DeepSpeed) would make the scores wrong.
+        ValueError: If the reference does not fit, no layer matches, ids are missing, or the engine (DataParallel,
+            FSDP1, DeepSpeed, tensor parallelism) would make the scores wrong.
 
     References:
         Mimic Score and Grad-Mimic, arXiv 2501.06708.
     """
 
-    # Our loss is a mean per micro-batch: the Trainer divides by the accumulation steps, whatever the model accepts.
-    loss_is_scaled_for_ga = False
+    # The weights of a whole optimizer step sum to one: nothing is left for the Trainer to divide by.
+    loss_is_scaled_for_ga = True
     args: MimicTrainingArguments
-    model: nn.Module
 
     def __init__(
         self,
@@ -78,20 +85,20 @@ class MimicTrainer(Trainer):
             raise ValueError(
                 "`compute_loss_func` must be None: pass a per-sample `loss_fn`, (outputs, batch) -> (B,)."
             )
-        column = args.sample_id_column
         if isinstance(train_dataset, datasets.Dataset):
-            read_sample_ids(train_dataset, column)
+            read_sample_ids(train_dataset, args.sample_id_column)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        self._check_engine()
-        self.data_collator = SampleIdCollator(self.data_collator, column)
+        check_engine(self, reweight=args.reweight)
+        self.engine, self.epoch_end = Engine(self), EpochEnd(self.accelerator)
+        self.data_collator = SampleIdCollator(self.data_collator, args.sample_id_column)
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
         self.loss_fn = loss_fn or loss_for_model(self.model, smoothing)
         self._reference = reference
         self.direction = self._make_direction()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
-        self._sums: dict[str, Tensor] = {}
-        self._summed_steps = 0
+        self.training = ScoredTraining(self)
+        self._runs = 0
         self.add_callback(_ScoreCallback(self))
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -109,94 +116,37 @@ class MimicTrainer(Trainer):
             outputs = model(**model_inputs(batch))
             loss = self.loss_fn(outputs, batch).mean()
             return (loss, outputs) if return_outputs else loss
-        forward, valid = self._score(model, batch)
-        if forward is None:
-            weights, outputs = valid.new_zeros(0, dtype=torch.float32), None
-            zeros = [0 * p.sum() for p in model.parameters() if p.requires_grad]
-            loss = torch.stack(zeros).sum()  # an optimizer step without gradient
-        else:
-            signals = BatchSignals(forward.losses.detach(), forward.scores)
-            weights = STRATEGIES[self.args.strategy](signals, temperature=self.args.tau)
-            loss, outputs = self._weighted(forward.losses, weights.to(forward.losses.dtype)), forward.outputs
-        self._record(inputs.get(self.args.sample_id_column), forward, weights, valid)
+        loss, outputs = self.training.loss(model, batch, inputs.get(self.args.sample_id_column))
         return (loss, outputs) if return_outputs else loss
 
-    def _score(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[MimicForward | None, Tensor]:
-        """Return the scored forward pass of the samples with finite losses, and which these are (B,)."""
-        direction, buffers = self.direction(), [buffer.clone() for buffer in model.buffers()]
-        forward = mimic_forward(model, batch, direction, self.loss_fn)
-        valid = _is_finite(forward)
-        if bool(valid.all()):
-            return forward, valid
-        # NOTE: a weight of 0 does not stop a NaN (0 * NaN in backward): the forward pass must do without the sample.
-        size = len(valid)
-        if not valid.any():  # a contrastive loss or batch norm spreads one sample's NaN over the batch
-            valid = _has_finite_inputs(batch, valid)
-        _restore(model, buffers)
-        if valid.any() and not valid.all():
-            rest = {k: v[valid] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for k, v in batch.items()}
-            forward = mimic_forward(model, rest, direction, self.loss_fn)
-            if bool(_is_finite(forward).all()):
-                return forward, valid
-            _restore(model, buffers)
-        return None, torch.zeros_like(valid)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch; return what the optimizer step's loss is once it is known, until then 0."""
+        loss = super().training_step(model, *args, **kwargs)
+        return self.training.finish() if self.accelerator.sync_gradients else torch.zeros_like(loss)
 
-    def _weighted(self, losses: Tensor, weights: Tensor) -> Tensor:
-        """Return sum w l; with reweight="mimic_layers", a loss of that value whose other gradients are the mean's."""
-        weighted = (weights * losses).sum()
-        if self.args.reweight == "all":
-            return weighted
-        mean = losses.mean()
-        chosen = [p for p in self.direction.parameters.values() if p.requires_grad]
-        grads = torch.autograd.grad(weighted - mean, chosen, retain_graph=True, allow_unused=True) if chosen else ()
-        # (p - p.detach()) is zero and has gradient one: it adds what the chosen layers' gradient lacks.
-        extra = [((p - p.detach()) * g).sum() for p, g in zip(chosen, grads, strict=True) if g is not None]
-        return mean + sum(extra) + (weighted - mean).detach()
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, None]:
+        """Return the micro-batches of one optimizer step; how many labels they have does not matter here."""
+        micro_batches, _ = super().get_batch_samples(*args, **kwargs)
+        self.epoch_end.fetched(micro_batches)
+        self.training.begin(micro_batches)
+        return micro_batches, None
 
-    # ---- records and logs ------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _record(self, ids: Tensor | None, forward: MimicForward | None, weights: Tensor, valid: Tensor) -> None:
-        stats: dict[str, Tensor] = {"nonfinite_samples": (~valid).sum().float()}
-        rows = {name: torch.full(valid.shape, torch.nan, device=valid.device) for name in ("loss", "mimic_score")}
-        relative = torch.zeros(valid.shape, device=valid.device)
-        if forward is not None:
-            scores, losses = forward.scores.float(), forward.losses.float()
-            rows["loss"][valid], rows["mimic_score"][valid] = losses, scores
-            # A sample alone in its batch has no one to compare with: its weight says nothing.
-            relative[valid] = weights.float() * len(weights) if len(weights) > 1 else torch.nan
-            stats |= {
-                "plain_loss": losses.mean(),
-                "mimic_score_mean": scores.mean(),
-                "mimic_score_std": scores.std(correction=0),
-                "negative_share": (scores < 0).float().mean(),
-                "effective_sample_size": effective_sample_size(weights.float()) / len(weights),
-                "direction_norm": forward.norm.float(),
-            }
-            self._summed_steps += 1
-        for name, value in stats.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        if self.args.record_scores:
-            if ids is None:
-                raise ValueError(
-                    f"every example must have an integer `{self.args.sample_id_column}` to record scores by, got none. "
-                    "Let the data set's items have it, or train with record_scores=False."
-                )
-            epoch, step = int(self.state.epoch or 0), self.state.global_step
-            self.scores.record(ids, epoch=epoch, step=step, relative_weight=relative, **rows)
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
+        return None  # the Trainer would wait for all processes to count labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to the training logs."""
-        if "loss" in logs and self._sums:
-            values = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
-            bad = values.pop("nonfinite_samples")
-            logs |= {name: value / self._summed_steps for name, value in values.items()}
-            if bad:
-                logs["nonfinite_samples"] = bad
-            self._sums, self._summed_steps = {}, 0
+        if "loss" in logs:
+            logs |= self.training.log.pop(self.engine.gather)
         super().log(logs, start_time)
 
-    # ---- set-up ----------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """Return the Trainer's loader; take note of how its epochs end."""
+        loader = super().get_train_dataloader()
+        self.epoch_end.prepared(loader)
+        return loader
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate without the sample id, which models do not take."""
@@ -218,6 +168,69 @@ class MimicTrainer(Trainer):
         columns: Any = self._signature_columns
         if self.args.sample_id_column not in columns:
             columns.append(self.args.sample_id_column)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what scores depend on."""
+        names = ("strategy", "temperature", "direction", "mimic_layers", "weight_scope", "reweight", "reference_model")
+        return {name: getattr(self.args, name) for name in names}
+
+    def run_state(self) -> dict[str, Any]:
+        """Return the running temperature."""
+        return {"temperature": self.training.state()}
+
+    def before_save(self, folder: str) -> None:
+        """Write the scores up to the checkpoint, and where direction="start" started."""
+        self.scores.flush(self.args.process_index)
+        if self.args.direction == "start":
+            tensors = {name: v.cpu().contiguous() for name, v in self.direction().items()}
+            if self.args.should_save:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_file(tensors, str(Path(folder) / DIRECTION_NAME))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; see `ResumingTrainer` for what a resumed run keeps."""
+        self._runs = 0
+        return super().train(*args, **kwargs)
+
+    def begin_run(self) -> None:
+        """Start from `state.global_step`: bind the direction to the prepared model, forget later scores."""
+        step = self.state.global_step
+        self.engine.compiled = is_compiled(self.model_wrapped)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        name, known = next(iter(self.direction.parameters.items()))
+        if parameters.get(name) is not known:  # `model_init` made another model
+            self.direction = self._make_direction()
+        self.training = ScoredTraining(self)
+        if step:
+            self.training.resume(self._saved.get("temperature", {}))
+            self._resume_direction()
+        if self.args.process_index == 0:
+            self._clear_scores(step)
+        self._runs += 1
+        self.accelerator.wait_for_everyone()
+
+    def _clear_scores(self, step: int) -> None:
+        if step or self._runs:  # resumed, or started again with a smaller batch by auto_find_batch_size
+            self.scores.truncate(step)
+        elif (moved := self.scores.set_aside()) is not None:
+            warnings.warn(f"{self.args.scores_dir} held the scores of an earlier run; they are now in {moved}.")
+
+    def _resume_direction(self) -> None:
+        """Take theta_0 from where the interrupted run started, not from the model that was given now."""
+        path = Path(self.resumed_from or "") / DIRECTION_NAME
+        if self.args.direction != "start":
+            return
+        if path.is_file():
+            self.direction.tensors = {n: v.to(self.direction.tensors[n]) for n, v in load_file(str(path)).items()}
+        else:
+            warnings.warn(
+                f'{path} is missing: direction="start" now starts from the model that was given, not from where the '
+                "interrupted run started."
+            )
+
+    # ---- set-up ----------------------------------------------------------------------------------------------------
 
     def _make_direction(self) -> MimicDirection:
         direction = MimicDirection(
@@ -243,57 +256,19 @@ class MimicTrainer(Trainer):
             )
         return direction
 
-    def _check_engine(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process must use one device, got {self.args.n_gpu} GPUs (DataParallel), which would split the "
-                "batch that weights are normalised over. Set CUDA_VISIBLE_DEVICES to one GPU."
-            )
-        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"MimicTrainer must run in a single process without sharding for now, got {self.args.world_size} "
-                "processes. Launch it with python on one device."
-            )
-
 
 class _ScoreCallback(TrainerCallback):
-    """Writes the scores of each epoch, and keeps those of an earlier run apart."""
+    """Begins a run, writes the scores of each epoch, and keeps those of an earlier run apart."""
 
     def __init__(self, trainer: MimicTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            moved = self.trainer.scores.set_aside()
-            if moved is not None:
-                warnings.warn(f"{args.scores_dir} held the scores of an earlier run; they are now in {moved}.")
-        self.trainer._sums, self.trainer._summed_steps = {}, 0
-        parameters = dict(self.trainer.model.named_parameters(remove_duplicate=False))
-        name, known = next(iter(self.trainer.direction.parameters.items()))
-        if parameters.get(name) is not known:  # `model_init` made another model
-            self.trainer.direction = self.trainer._make_direction()
+        self.trainer.begin_run()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.scores.flush(args.process_index)
 
-    on_save = on_epoch_end
-
-
-def _is_finite(forward: MimicForward) -> Tensor:
-    return torch.isfinite(forward.losses) & torch.isfinite(forward.scores)
-
-
-def _has_finite_inputs(batch: Mapping[str, Any], like: Tensor) -> Tensor:
-    """Return which samples have no NaN or infinity among their inputs (B,)."""
-    valid = torch.ones_like(like)
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == like.shape:
-            valid &= torch.isfinite(value).flatten(1).all(1)
-    return valid
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, buffers: list[Tensor]) -> None:
-    """Undo what a forward pass did to running statistics."""
-    for buffer, value in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.scores.flush(args.process_index)
+        self.trainer.accelerator.wait_for_everyone()  # from here on every process reads the rows of all

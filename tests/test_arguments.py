@@ -61,22 +61,20 @@ def test_mimic_layers_is_a_name_or_a_list(tmp_path, value):
     ("options", "message"),
     [
         ({"use_liger_kernel": True}, "`use_liger_kernel` must be False: its fused loss returns no logits"),
-        ({"torch_compile": True}, "`torch_compile` must be False: compiled code drops tangents"),
+        (
+            {"torch_compile": True, "reweight": "mimic_layers"},
+            '"mimic_layers" must have `torch_compile`=False, got True: compiled code cannot be differentiated twice',
+        ),
+        ({"self_check_steps": -2}, r"`self_check_steps` must be -1 \(never\), 0 .* got -2"),
         (
             {"reweight": "mimic_layers", "activation_checkpointing_kwargs": {"use_reentrant": True}},
             '"mimic_layers" must have checkpointing with use_reentrant=False, got True',
         ),
-        ({"gradient_accumulation_steps": 4}, '"global" must see the whole optimizer step, got grad.*=4. Use weight_s'),
     ],
 )
 def test_settings_that_would_make_the_scores_wrong_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
-
-
-def test_accumulation_with_weights_per_device(tmp_path):
-    args = make(tmp_path, gradient_accumulation_steps=4, weight_scope="device")
-    assert args.gradient_accumulation_steps == 4
 
 
 def test_parser_round_trip(tmp_path):

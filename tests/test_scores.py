@@ -1,7 +1,5 @@
 """`ScoreTable`: rows, shards, means by hand; `attach_scores`: joined by id, without decoding an image."""
 
-import os
-
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -178,17 +176,33 @@ def test_shards_of_the_same_steps_do_not_replace_each_other(tmp_path):
     assert ScoreTable.load(tmp_path).to_arrow()["sample_id"].to_pylist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("before", "after"), [((0, 1, 2), (1,)), ((1, 2), (0, 1))])
-def test_a_later_shard_wins(tmp_path, before, after):
-    """A resumed run repeats steps; its shard may sort before or behind the one it repeats."""
-    for value, steps in ((1.0, before), (7.0, after)):
+@pytest.mark.parametrize("step", [0, 2, 3, 4, 9])
+def test_truncating_forgets_later_steps(tmp_path, step):
+    """A resumed run makes the steps after its checkpoint again."""
+    for steps in ((0, 1), (2, 3)):
         table = ScoreTable(tmp_path)
-        for step in steps:
-            table.record([4], epoch=0, step=step, loss=[value])
-        path = table.flush()
-        os.utime(path, ns=(0, int(value) * 10**9))
-    expected = [7.0 if step in after else 1.0 for step in sorted({*before, *after})]
-    assert ScoreTable.load(tmp_path).to_arrow()["loss"].to_pylist() == expected
+        for number in steps:
+            table.record([number], epoch=0, step=number, loss=[1.0])
+        table.flush(rank=steps[0])  # of another process, too
+    table.record([4], epoch=0, step=4, loss=[1.0])  # not written yet
+    table.truncate(step)
+    assert table.to_arrow()["step"].to_pylist() == list(range(min(step, 5)))
+    assert len(list(tmp_path.iterdir())) == min((step + 1) // 2, 2)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"x" * len(raw)])
+def test_a_torn_shard_is_named(tmp_path, damage):
+    table = two_epochs(tmp_path)
+    path = table.flush()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"must be a whole Parquet file, {path} is not .* delete it to go on"):
+        ScoreTable.load(tmp_path).to_arrow()
+
+
+def test_what_an_interrupted_write_left_is_not_read(tmp_path):
+    path = two_epochs(tmp_path).flush()
+    (tmp_path / f"{path.name}.123.tmp").write_bytes(path.read_bytes()[:50])
+    assert len(ScoreTable.load(tmp_path)) == 5
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
@@ -198,9 +212,10 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     table = two_epochs(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", fail)
-        with pytest.raises(OSError, match="disk full"):
+        message = r"scores of 5 visits could not be written to .* \(disk full\)\. Earlier shards are whole\. Make room"
+        with pytest.raises(OSError, match=message):
             table.flush()
-    assert list(tmp_path.glob("*.parquet")) == []
+    assert list(tmp_path.iterdir()) == []
     assert len(table) == 5
     table.flush()
     assert len(ScoreTable.load(tmp_path)) == 5

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_mimic.selection import STRATEGIES, BatchSignals, auto_temperature, effective_sample_size, mimic, uniform
+from hf_mimic import selection
+from hf_mimic.selection import (
+    STRATEGIES,
+    BatchSignals,
+    RunningTemperature,
+    auto_temperature,
+    effective_sample_size,
+)
 
 
 def signals(scores):
@@ -21,6 +28,16 @@ def draw(kind, size, seed=0):
     return normal
 
 
+def weights_by(name, signals, temperature=1.0):
+    """Return the softmax over one batch of what a strategy gives."""
+    return torch.softmax(STRATEGIES[name](signals, temperature=temperature), 0)
+
+
+def mimic(signals, temperature=1.0):
+    tau = auto_temperature(signals.mimic_scores) if temperature == "auto" else temperature
+    return weights_by("mimic", signals, tau)
+
+
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -30,11 +47,6 @@ def test_weights_are_the_softmax_of_scores_over_temperature():
     weights = mimic(signals([0.0, 0.5, 1.0]), temperature=0.5)
     torch.testing.assert_close(weights, e / e.sum())
     assert not torch.allclose(mimic(signals([0.0, 0.5, 1.0]), temperature=1.0), weights)
-
-
-def test_temperature_given_as_text_is_the_same_number():
-    scores = signals([0.3, -1.0, 2.0])
-    assert torch.equal(mimic(scores, temperature="0.3"), mimic(scores, temperature=0.3))
 
 
 def test_higher_score_gets_more_weight():
@@ -49,17 +61,24 @@ def test_high_temperature_is_uniform_and_low_is_the_best_sample():
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("temperature", [0.1, 1.0, "auto"])
-@pytest.mark.parametrize("size", [1, 2, 3, 48, 512])
-def test_weights_of_every_strategy_are_non_negative_and_sum_to_one(name, temperature, size):
-    weights = STRATEGIES[name](signals(draw("normal", size)), temperature=temperature)
-    assert weights.shape == (size,)
-    assert (weights >= 0).all()
-    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+@pytest.mark.parametrize("temperature", [0.1, 1.0, torch.tensor(torch.inf)])
+@pytest.mark.parametrize("size", [0, 1, 2, 512])
+def test_log_weights_of_every_strategy_are_finite(name, temperature, size):
+    logits = STRATEGIES[name](signals(draw("normal", size)), temperature=temperature)
+    assert logits.shape == (size,)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_log_weights_of_a_sample_do_not_depend_on_its_batch(name):
+    """What makes the softmax over a whole step possible, however it is split."""
+    scores = draw("normal", 8)
+    whole = STRATEGIES[name](signals(scores), temperature=0.3)
+    torch.testing.assert_close(STRATEGIES[name](signals(scores[2:5]), temperature=0.3), whole[2:5])
 
 
 def test_uniform_ignores_the_scores():
-    assert uniform(signals([5.0, -1.0, 0.0, 9.0]), temperature=0.1).tolist() == [0.25] * 4
+    assert weights_by("uniform", signals([5.0, -1.0, 0.0, 9.0]), 0.1).tolist() == [0.25] * 4
 
 
 def test_batch_of_one_has_all_the_weight():
@@ -129,3 +148,79 @@ def test_auto_temperature_where_half_the_batch_cannot_be_reached():
     # three of four share the first place: no temperature gives an effective size below 3
     weights = mimic(signals([1.0, 1.0, 1.0, 0.0]), temperature="auto")
     torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3)
+
+
+# ---- the running temperature ---------------------------------------------------------------------------------------
+
+
+def run(temperature, steps):
+    """Feed the steps' scores; return the effective sample size of each, as a share."""
+    shares = []
+    for scores in steps:
+        if temperature.variance is None:
+            temperature.start(scores)
+        size = effective_sample_size(torch.softmax(scores / temperature.value, 0)) / len(scores)
+        variance = scores.var() if len(scores) > 1 else torch.tensor(torch.nan)
+        temperature.update(variance, size, torch.tensor(float(len(scores))))
+        shares.append(size.item())
+    return shares
+
+
+@pytest.mark.parametrize("kind", ["normal", "bimodal"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_running_temperature_keeps_half_the_samples(kind, scale):
+    shares = run(RunningTemperature(), [scale * draw(kind, 64, seed) for seed in range(120)])
+    assert sum(shares[40:]) / 80 == pytest.approx(0.5, abs=0.04)
+    assert not sum(shares[40:]) / 80 == pytest.approx(0.7, abs=0.04)
+
+
+def test_running_temperature_of_another_share():
+    shares = run(RunningTemperature(share=0.8), [draw("normal", 64, seed) for seed in range(120)])
+    assert sum(shares[40:]) / 80 == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8, 16])
+def test_running_temperature_of_small_steps_is_that_of_large_ones(size):
+    small, large = RunningTemperature(), RunningTemperature()
+    run(small, [draw("normal", size, seed) for seed in range(600)])
+    run(large, [draw("normal", 256, seed) for seed in range(100)])
+    assert small.value.item() == pytest.approx(large.value.item(), rel=0.3)
+
+
+@pytest.mark.parametrize("jump", [30.0, 1 / 30])
+def test_running_temperature_follows_the_scale_of_the_scores(jump):
+    temperature = RunningTemperature()
+    run(temperature, [draw("normal", 64, seed) for seed in range(30)])
+    before = temperature.value.item()
+    shares = run(temperature, [jump * draw("normal", 64, seed) for seed in range(100, 200)])
+    assert temperature.value.item() / before == pytest.approx(jump, rel=0.3)
+    assert sum(shares[-20:]) / 20 == pytest.approx(0.5, abs=0.06)
+    assert min(shares[1:]) > 0.05  # only in the step that jumped may one sample take it all
+
+
+def test_running_temperature_is_not_moved_by_steps_that_say_nothing():
+    temperature = RunningTemperature()
+    run(temperature, [draw("normal", 32, seed) for seed in range(5)])
+    before = temperature.value.item()
+    run(temperature, [torch.tensor([0.3]), torch.full((8,), 0.5)])
+    assert temperature.value.item() == before
+    run(temperature, [draw("normal", 32, 9)])
+    assert temperature.value.item() != before
+
+
+@pytest.mark.parametrize("first", [torch.tensor([0.4]), torch.zeros(8), torch.zeros(0)])
+def test_running_temperature_starts_when_scores_differ(first):
+    temperature = RunningTemperature()
+    temperature.start(first)
+    assert temperature.value == torch.inf
+    run(temperature, [draw("normal", 64, seed) for seed in range(40)])
+    assert temperature.value.item() == pytest.approx(1.2, rel=0.3)
+
+
+def test_running_temperature_before_any_step():
+    with pytest.raises(RuntimeError, match="must have seen the scores of a step, got none"):
+        RunningTemperature().value  # noqa: B018
+
+
+def test_auto_share_is_half():
+    assert selection.AUTO_SHARE == 0.5

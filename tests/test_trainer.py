@@ -1,8 +1,8 @@
 """`MimicTrainer` against gradients by hand and the plain Trainer; every kind of data set; every refusal."""
 
 import copy
-import gc
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import models
@@ -12,95 +12,31 @@ import torch
 from datasets import Dataset
 from oracles import plain_step, relative_error, scores_by_loop
 from PIL import Image
+from training import (
+    ALL,
+    FIRST,
+    QUIET,
+    SGD,
+    assert_close,
+    column,
+    distance,
+    fit,
+    gradients_of,
+    prepare,
+    rows_of,
+    same_weights,
+    visits,
+)
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_mimic import losses
 from hf_mimic.arguments import MimicTrainingArguments
+from hf_mimic.engine import check_engine
 from hf_mimic.layers import match_parameters
 from hf_mimic.metrics import accuracy
 from hf_mimic.mimic import reference_direction
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trainer import MimicTrainer
-
-gc.freeze()  # every training collects garbage: it need not walk what was imported
-
-QUIET = {
-    "use_cpu": True,
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 8,
-    "train_sampling_strategy": "sequential",
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-}
-SGD = {"optim": "sgd", "learning_rate": 0.1}
-FIRST = 100  # the first sample id
-ALL = list(range(FIRST, FIRST + 16))
-
-
-def rows_of(batch):
-    """Return a batch as a data set with ids 100, 101 ..."""
-    rows = Dataset.from_dict({name: x.numpy() for name, x in batch.items()}).with_format("torch")
-    return rows.add_column("sample_id", list(range(FIRST, FIRST + len(rows))))
-
-
-def prepare(model, folder, *, rows=None, reference=None, arguments=None, **options):
-    """Return a trainer of a copy of `model`; `options` of MimicTrainingArguments, `arguments` of MimicTrainer."""
-    reference = models.moved(model) if reference is None else reference
-    args = MimicTrainingArguments(str(folder), **{**QUIET, **options})
-    return MimicTrainer(copy.deepcopy(model), args, train_dataset=rows, reference_model=reference, **arguments or {})
-
-
-def fit(*positional, **named):
-    trainer = prepare(*positional, **named)
-    trainer.add_callback(Gradients())
-    trainer.train()
-    return trainer
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
-
-
-def gradients_of(trainer):
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients)).steps
-
-
-def assert_close(gradients, expected, tolerance=1e-5):
-    largest = max(g.abs().max() for g in expected.values() if g is not None)
-    for name, gradient in expected.items():
-        if gradient is None or gradients[name] is None:
-            missing = gradient if gradients[name] is None else gradients[name]
-            assert missing is None or not missing.any(), name
-        else:
-            assert (gradients[name] - gradient).abs().max() <= tolerance * largest, name
-
-
-def column(trainer, name):
-    return np.array(trainer.scores.to_arrow()[name].to_pylist(), dtype=float)
-
-
-def visits(trainer):
-    """Return the ids of each epoch, sorted."""
-    rows = trainer.scores.to_arrow()
-    ids, epochs = (rows[name].to_numpy() for name in ("sample_id", "epoch"))
-    return [sorted(ids[epochs == epoch].tolist()) for epoch in np.unique(epochs)]
-
-
-def same_weights(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def distance(a, b):
-    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +89,11 @@ def test_auto_temperature_halves_the_effective_batch(vit, tmp_path):
     model, _, rows = vit
     trainer = fit(model, tmp_path, rows=rows, num_train_epochs=1)
     weights = column(trainer, "relative_weight").reshape(2, 8) / 8
+    # From its own scores in the first step (among 8, half of many is 0.5 ** (7 / 9)), from earlier ones after it.
+    assert 1 / (weights[0] ** 2).sum() == pytest.approx(8 * 0.5 ** (7 / 9), rel=0.02)
+    assert 1 < 1 / (weights[1] ** 2).sum() < 8
+    device = fit(model, tmp_path / "device", rows=rows, num_train_epochs=1, weight_scope="device")
+    weights = column(device, "relative_weight").reshape(2, 8) / 8
     assert 1 / (weights**2).sum(1) == pytest.approx([4, 4], rel=0.02)
 
 
@@ -1003,16 +944,53 @@ def test_no_layer_matches(vit, tmp_path):
 def test_data_parallel(vit, tmp_path, monkeypatch):
     model, _, rows = vit
     monkeypatch.setattr(MimicTrainingArguments, "n_gpu", 2)
-    message = r"one process must use one device, got 2 GPUs \(DataParallel\).* Set CUDA_VISIBLE_DEVICES to one GPU"
+    message = r"one process must use one device, got 2 GPUs \(DataParallel\).* Use `accelerate launch`"
     with pytest.raises(ValueError, match=message):
         prepare(model, tmp_path, rows=rows)
 
 
-def test_several_processes(vit, tmp_path, monkeypatch):
+def test_processes_that_would_train_alone(vit, tmp_path, monkeypatch):
     model, _, rows = vit
-    monkeypatch.setattr(MimicTrainingArguments, "world_size", 4)
-    with pytest.raises(ValueError, match="must run in a single process without sharding for now, got 4 processes"):
-        prepare(model, tmp_path, rows=rows)
+    trainer = prepare(model, tmp_path, rows=rows)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"2 processes were launched but each would train alone.* Without GPUs, --use_cpu"
+    ):
+        check_engine(trainer, reweight="all")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "got DeepSpeed, which keeps them to itself. Use FSDP2 to shard"),
+        ({"fsdp_version": 1}, "FSDP must be version 2, got version 1.* Set fsdp_version: 2"),
+        ({"fsdp_version": 2, "torch_compile": True}, "FSDP2 must be used without torch_compile=True"),
+        ({"fsdp_version": 2, "reweight": "mimic_layers"}, 'FSDP2 must be used without reweight="mimic_layers"'),
+        ({"tp_size": 2}, "every process must have samples of its own, got tensor, context or sequence parallelism"),
+    ],
+)
+def test_engines_that_would_make_the_scores_wrong_are_refused(vit, tmp_path, monkeypatch, change, message):
+    model, _, rows = vit
+    trainer, change = prepare(model, tmp_path, rows=rows), dict(change)
+    reweight = change.pop("reweight", "all")
+    if "fsdp_version" in change:
+        plugin = SimpleNamespace(fsdp_version=change.pop("fsdp_version"))
+        monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", plugin, raising=False)
+    if "tp_size" in change:
+        parallel = SimpleNamespace(non_data_parallel_size=change.pop("tp_size"))
+        monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", parallel)
+    for name, value in change.items():
+        setattr(trainer.args if hasattr(trainer.args, name) else trainer, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_engine(trainer, reweight=reweight)
+
+
+def test_a_model_compiled_by_hand(vit, tmp_path):
+    model, _, rows = vit
+    trainer = prepare(model, tmp_path, rows=rows)
+    trainer.model = torch.compile(trainer.model, backend="eager")
+    with pytest.raises(ValueError, match=r"`model` must be given as it was before torch.compile"):
+        check_engine(trainer, reweight="all")
 
 
 def test_warnings_are_errors_here():

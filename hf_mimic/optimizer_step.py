@@ -1,0 +1,93 @@
+"""One optimizer step: the weights of its micro-batches, and the visits that wait for their final weights.
+
+`OptimizerStep.add` weighs a micro-batch, `visits` and `summary` tell what the step was once its last one was added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_mimic.weights import Gather, OnlineSoftmax, StepSums
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The samples of one micro-batch; `kept` (B,) marks those that are no repetition, `valid` (B,) the scored ones.
+
+    `losses`, `scores` and `logits` (the log-weights) have one value per scored sample (b,), without graph.
+    """
+
+    ids: Tensor | None
+    kept: Tensor
+    valid: Tensor
+    losses: Tensor
+    scores: Tensor
+    logits: Tensor
+
+    def values(self, softmax: OnlineSoftmax) -> dict[str, Tensor]:
+        """Return the columns of the score table for the kept samples; not a number where a value is not known."""
+        count = softmax.sums.count
+        # A sample alone in its group has no one to compare with: its weight says nothing.
+        relative = torch.where(count > 1, softmax.normalise(self.logits) * count, torch.nan)
+        columns = {"loss": self.losses, "mimic_score": self.scores, "relative_weight": relative}
+        filled = {}
+        for name, value in columns.items():
+            missing = 0.0 if name == "relative_weight" else torch.nan  # a sample that was left out weighed nothing
+            column = value.new_full(self.valid.shape, missing, dtype=torch.float32)
+            column[self.valid] = value.float()
+            filled[name] = column[self.kept]
+        return filled
+
+
+class OptimizerStep:
+    """Weighs the micro-batches of one optimizer step.
+
+    Args:
+        scope: "global": one softmax over all micro-batches and processes; "device": one per micro-batch, averaged.
+        processes: Over which gradients are averaged.
+        weighted: False for equal weights (the mean of each group).
+    """
+
+    def __init__(self, scope: str, processes: int, *, weighted: bool = True) -> None:
+        self.scope, self.weighted = scope, weighted
+        self._softmax = OnlineSoftmax(processes)
+        self._visits: list[tuple[Visit, OnlineSoftmax, float]] = []
+
+    def add(self, visit: Visit, *, micro_batches: int, gather: Gather | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weights (b,) of a micro-batch, and the factor for the gradient accumulated before it, if any.
+
+        Args:
+            visit: The micro-batch.
+            micro_batches: How many the step has.
+            gather: See `OnlineSoftmax.add`.
+        """
+        logits = visit.logits if self.weighted else torch.zeros_like(visit.logits)
+        if self.scope == "device":
+            softmax, share = OnlineSoftmax(), 1 / micro_batches
+            weights, factor = softmax.add(logits, visit.losses, visit.scores, gather=alone)
+            weights = weights * share
+        else:
+            softmax, share = self._softmax, 1.0
+            weights, factor = softmax.add(logits, visit.losses, visit.scores, gather=gather)
+        self._visits.append((visit, softmax, share))
+        return weights, factor
+
+    def visits(self) -> Iterator[tuple[Tensor | None, dict[str, Tensor]]]:
+        """Yield the ids and columns of every micro-batch of this process."""
+        for visit, softmax, _ in self._visits:
+            yield (None if visit.ids is None else visit.ids[visit.kept]), visit.values(softmax)
+
+    def groups(self) -> list[tuple[StepSums, float]]:
+        """Return the sums of every group of weights that this process knows, and the group's share of the loss."""
+        if self.scope == "global":
+            return [(self._softmax.sums, 1.0)]
+        return [(softmax.sums, share) for _, softmax, share in self._visits]
+
+
+def alone(row: Tensor) -> Tensor:
+    """Gather from one process: (k,) -> (1, k)."""
+    return row[None]

@@ -1,0 +1,97 @@
+"""Padded rows: to give every process batches of one size, accelerate repeats samples at the end of an epoch.
+
+Read `EpochEnd`: it finds the repeated rows, so that they get no weight and no row in the score table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+
+class EpochEnd:
+    """Knows when the micro-batch under way is the last of its epoch, and which of its rows are repeated.
+
+    The last batches of all processes, put after each other, begin with the samples that were left over and end with
+    repeated ones. How many were left over is known from the sampler's length, or from the loader that hands out all
+    batches (`dispatch_batches`). Where every process reads the same stream for itself, repeated samples are those of
+    the epoch's first batches, found by their ids.
+
+    NOTE: in the epoch in which a run is resumed, the first batches of such a stream are not seen again: there,
+    repeated samples count twice.
+
+    Args:
+        accelerator: That prepared the loader.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._left_over: int | None = None  # in the last batch of all processes; 0 if it is full
+        self._loader: Any = None
+        self._ended = False
+        self._first_ids: Tensor | None = None
+
+    def prepared(self, loader: Any) -> None:
+        """Take note of the training loader, before a resumed run skips a part of it."""
+        self._left_over = self._first_ids = None
+        if isinstance(loader.dataset, IterableDataset) or not getattr(loader.batch_sampler, "batch_size", None):
+            return
+        try:
+            rows = len(loader.get_sampler())
+        except TypeError:  # a sampler without a length
+            return
+        self._left_over = 0 if loader._drop_last else rows % _batch_size(loader, self.accelerator)
+
+    def fetched(self, batches: list) -> None:
+        """Take note of where the loader stands after the batches of one optimizer step were taken from it."""
+        active = self.accelerator.gradient_state.active_dataloader
+        if active is not None:
+            self._loader = active
+        self._ended = bool(batches) and (active is None or active.end_of_dataloader)
+
+    def kept(self, size: int, ids: Tensor | None, *, last: bool) -> Tensor | None:
+        """Return which rows of a micro-batch are no repetition (b,), or None if all.
+
+        Args:
+            size: b.
+            ids: Sample ids (b,), if there are any.
+            last: Whether the micro-batch is the last of those fetched.
+        """
+        if self.accelerator.num_processes == 1 or self._loader is None:
+            return None
+        ended, left_over = last and self._ended, self._left_over
+        if left_over is None and ids is not None and isinstance(self._loader.dataset, IterableDatasetShard):
+            return self._by_id(ids, ended)
+        if left_over is None:  # a dispatching loader counts what it read
+            left_over = max(self._loader.remainder, 0)
+        if not ended or not left_over:
+            return None
+        position = self.accelerator.process_index * size + torch.arange(size, device=self.accelerator.device)
+        return position < left_over
+
+    def _by_id(self, ids: Tensor, ended: bool) -> Tensor | None:
+        first = self._first_ids
+        if first is None:
+            self._first_ids = ids
+        if not ended:
+            return None
+        self._first_ids, size = None, len(ids)
+        gathered = self.accelerator.gather(ids)
+        known = gathered.new_empty(0) if first is None else self.accelerator.gather(first)
+        start = self.accelerator.process_index * size
+        return torch.stack(
+            [~torch.isin(gathered[i], torch.cat([known, gathered[:i]])) for i in range(start, start + size)]
+        )
+
+
+def _batch_size(loader: Any, accelerator: Accelerator) -> int:
+    """Return the batch size over all processes."""
+    sampler = loader.batch_sampler
+    if accelerator.split_batches:
+        return sampler.batch_size
+    return sampler.batch_size * accelerator.num_processes

@@ -1,0 +1,207 @@
+"""`ResumingTrainer`: a `Trainer` that goes on after an interruption as if nothing had happened.
+
+Read `train` (which checkpoint, and does it fit), `_save_checkpoint` (what is written, in which order), then the hooks
+that put a resumed run where the interrupted one was.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
+
+from hf_mimic.checkpoints import last_complete, load_weights, loads_by_name, read_state, write_state
+
+
+class ResumingTrainer(Trainer):
+    """Resumes exactly, or says what it cannot resume.
+
+    Weights are loaded under whatever names they were saved; a checkpoint counts once it is whole; a stream goes on in
+    the pass and at the batch where it was; other processes or batch sizes restart the epoch.
+    """
+
+    model: nn.Module
+    resumed_from: str | None
+    _saved: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._saved, self.resumed_from = {}, None
+        self._phases: list[dict[str, Any]] = []
+        self._pass = self._batches_in_pass = self._skipped = 0
+        self._pass_ended = False
+        self.add_callback(_PassCallback(self))
+
+    @property
+    def current_pass(self) -> int:
+        """How many passes over the data were begun before this one."""
+        return max(self._pass, 0)
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return the settings whose change makes a new phase of a run."""
+        return {}
+
+    def run_state(self) -> dict[str, Any]:
+        """Return what else a checkpoint must hold, as JSON values."""
+        return {}
+
+    def before_save(self, folder: str) -> None:
+        """Write what must be on the disk before the checkpoint in `folder` counts."""
+
+    # ---- which checkpoint ------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} must hold a complete checkpoint to resume from, found none.")
+        self.resumed_from = resume_from_checkpoint or None
+        self._saved = read_state(self.resumed_from) if self.resumed_from else {}
+        self._phases = list(self._saved.get("phases", []))
+        self._compare_phase()
+        return super().train(self.resumed_from, *args, **kwargs)
+
+    def _compare_phase(self) -> None:
+        settings, before = self.run_settings(), self._phases[-1]["settings"] if self._phases else None
+        if settings == before:
+            return
+        if before is not None:
+            changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+            warnings.warn(
+                f"the run is resumed with other settings ({'; '.join(changed)}): a new phase from step "
+                f"{self._saved['step']} on. Scores of different phases cannot be ranked against each other; "
+                "the phases are listed in mimic_state.json.",
+                stacklevel=4,
+            )
+        self._phases.append({"step": self._saved.get("step", 0), "settings": settings})
+
+    def _split(self) -> dict[str, int]:
+        return {
+            "processes": self.args.world_size,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }
+
+    @property
+    def _restarts_epoch(self) -> bool:
+        return bool(self._saved) and self._saved["split"] != self._split()
+
+    @property
+    def _dispatches_rows(self) -> bool:
+        config = self.accelerator.dataloader_config
+        several = self.args.world_size > 1 and not config.split_batches
+        return bool(config.dispatch_batches) and several and has_length(self.train_dataset)
+
+    # ---- where the run was -----------------------------------------------------------------------------------------
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """Return the Trainer's numbers; if steps have another size now, the steps of what is left to do."""
+        values = super().set_initial_training_values(args, dataloader)
+        if not self._restarts_epoch or args.max_steps > 0:
+            return values
+        left = max(args.num_train_epochs - int(self._saved["epoch"]), 0)
+        return (*values[:-1], self._saved["step"] + math.ceil(left * values[1]))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained, skipped = super()._init_training_state(*args, **kwargs)
+        if self._restarts_epoch:
+            warnings.warn(
+                f"the checkpoint was made with {self._saved['split']}, the run goes on with {self._split()}: batches "
+                f"cannot be the same, so epoch {int(self._saved['epoch'])} starts over; scores so far are kept.",
+            )
+            trained, skipped = int(self._saved["epoch"]), 0
+        elif skipped and self._dispatches_rows:
+            warnings.warn(
+                "with dispatch_batches=True accelerate cannot skip the batches that were trained on already "
+                f"(it skips one process's), so epoch {trained} starts over; scores so far are kept.",
+            )
+            skipped = 0
+        elif self._saved and not has_length(self.train_dataset):
+            trained, skipped = self._saved["pass"], self._saved["batches_in_pass"]
+        self._pass, self._skipped = trained - 1, skipped
+        return trained, skipped
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Return the micro-batches of an optimizer step; counts them."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._batches_in_pass += len(batches)
+        return batches, items
+
+    # ---- the checkpoint --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            self.before_save(str(folder))
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        write_state(folder, self._state())
+        # Only now may an older checkpoint go: until here it was the last complete one.
+        rotate_checkpoints(
+            output_dir=str(folder.parent),
+            save_total_limit=limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        ended = self._pass_ended
+        return {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "pass": self._pass + ended,
+            "batches_in_pass": 0 if ended else self._batches_in_pass,
+            "split": self._split(),
+            "phases": self._phases,
+            **self.run_state(),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled and loads_by_name(model or self.model, resume_from_checkpoint):
+            load_weights(model or self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        folder = self.state.best_model_checkpoint
+        if folder is not None and not self.is_fsdp_enabled and loads_by_name(self.model, folder):
+            load_weights(self.model, folder)
+        else:
+            super()._load_best_model()
+
+
+class _PassCallback(TrainerCallback):
+    """Counts the passes over the data, and tells every sampler which one begins.
+
+    NOTE: accelerate's `set_epoch` does not reach a sampler through `SkipBatchSampler(BatchSamplerShard(...))`: on
+    several processes a run resumed in its second epoch would repeat the order of the first.
+    """
+
+    def __init__(self, trainer: ResumingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer._pass += 1
+        trainer._pass_ended = False
+        trainer._batches_in_pass, trainer._skipped = trainer._skipped, 0
+        sampler = kwargs.get("train_dataloader")
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(trainer._pass)
+            inner = getattr(sampler, "batch_sampler", None)
+            sampler = getattr(sampler, "sampler", None) if inner is None else inner
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._pass_ended = True

@@ -1,0 +1,222 @@
+"""What happens between the forward pass and the optimizer step: score, weigh, rescale, check, record.
+
+Read `ScoredTraining.loss` (one micro-batch), then `finish` (one optimizer step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_mimic.engine import rescale
+from hf_mimic.finite import finite_forward, no_gradient, without_trace
+from hf_mimic.mimic import MimicForward, mimic_forward
+from hf_mimic.optimizer_step import OptimizerStep, Visit
+from hf_mimic.selection import STRATEGIES, BatchSignals, RunningTemperature, auto_temperature
+from hf_mimic.self_check import check_gradient, gradient_along
+from hf_mimic.step_log import StepLog
+
+_PATIENCE = 10  # optimizer steps in a row without one finite sample, after which training has diverged
+
+
+class ScoredTraining:
+    """The steps of one training run.
+
+    Args:
+        trainer: The `MimicTrainer` whose model, arguments, direction, loss and score table are used.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
+        self.temperature, self.log = RunningTemperature(), StepLog()
+        self._micro_batches: list[Mapping[str, Any]] = []
+        self._taken = self._barren_steps = self._steps = 0
+        self._barren = True
+        self._nonfinite: Any = 0
+        self._norm: Any = 0
+        self._new_step()
+
+    def state(self) -> dict[str, float]:
+        """Return the running temperature for a checkpoint; empty before its first step."""
+        variance, shape = self.temperature.variance, self.temperature.shape
+        return {} if variance is None or shape is None else {"variance": float(variance), "shape": float(shape)}
+
+    def resume(self, temperature: Mapping[str, float]) -> None:
+        """Go on with the running temperature of a checkpoint."""
+        parameter = next(self.trainer.model.parameters())
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        for name, value in temperature.items():
+            setattr(self.temperature, name, torch.tensor(value, dtype=wide, device=parameter.device))
+
+    def begin(self, micro_batches: list[Mapping[str, Any]]) -> None:
+        """Take note of the micro-batches that follow."""
+        self._micro_batches, self._taken = micro_batches, 0
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], ids: Tensor | None) -> tuple[Tensor, Any]:
+        """Return the weighted loss of a micro-batch and the outputs; put the gradient before it on the same scale.
+
+        Args:
+            model: As it is trained, wrappers included.
+            batch: B samples, without ids.
+            ids: Sample ids (B,).
+        """
+        if self._needs_temperature():
+            self._measure(self._micro_batches or [batch])
+        self._taken += 1
+        forward, first, valid = self._forward(model, batch)
+        visit, losses = self._visit(ids, forward, valid)
+        self._norm, self._barren = first.norm, self._barren and forward is None
+        self._nonfinite = self._nonfinite + (~valid).sum()
+        options: dict[str, Any] = {
+            "micro_batches": max(len(self._micro_batches), 1),
+            "gather": self.engine.gather if self.engine.averages(model) else None,
+        }
+        weights, factor = self._step.add(visit, **options)
+        if self._plain_step is None:
+            rescale(model.parameters(), factor)
+            loss = (weights.to(losses.dtype) * losses).sum()
+        else:
+            loss = self._split_loss(losses, weights, factor, *self._plain_step.add(visit, **options))
+        if forward is None:
+            # Parameters that find_unused_parameters counted as unused must stay so.
+            finds_unused = getattr(model, "find_unused_parameters", False)
+            loss = no_gradient(model.parameters(), first.losses if finds_unused else None)
+        return loss, None if forward is None else forward.outputs
+
+    def finish(self) -> Tensor:
+        """Check, record and log the optimizer step whose gradient is complete; return its weighted loss, 0-d."""
+        groups = self._step.groups()
+        share = {
+            name: sum(part * torch.nan_to_num(getattr(sums, name) / sums.weight) for sums, part in groups)
+            for name in ("weighted_loss", "weighted_score", "weighted_absolute_score")
+        }
+        every = self.args.self_check_steps
+        if every >= 0 and (self._steps == 0 or (every and self._steps % every == 0)):
+            self._check(share["weighted_score"], share["weighted_absolute_score"])
+        if self.args.record_scores:
+            self._record()
+        if self.args.weight_scope == "global":
+            sums = groups[0][0]
+            self.temperature.update(sums.score_variance, sums.effective_sample_size / sums.count, sums.count)
+        self.log.add(groups, self._norm, self._nonfinite)
+        self._barren_steps = self._barren_steps + 1 if self._barren else 0
+        if self._barren_steps >= _PATIENCE:
+            raise FloatingPointError(
+                f"losses and scores must be finite, got none for {_PATIENCE} optimizer steps in a row: training has "
+                "diverged. Lower the learning rate, or go back to an earlier checkpoint."
+            )
+        self._steps += 1
+        self._new_step()
+        return torch.as_tensor(share["weighted_loss"]).float()
+
+    # ---- one micro-batch -------------------------------------------------------------------------------------------
+
+    def _new_step(self) -> None:
+        scope, processes = self.args.weight_scope, self.engine.processes
+        only_mimic_layers = self.args.reweight == "mimic_layers"
+        self._step = OptimizerStep(scope, processes)
+        self._plain_step = OptimizerStep(scope, processes, weighted=False) if only_mimic_layers else None
+        self._nonfinite, self._barren = 0, True
+
+    def _forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[MimicForward | None, MimicForward, Tensor]:
+        base, engine = self.trainer.model, self.engine
+        run = partial(engine.forward, base=base, direction=self.trainer.direction(), loss_fn=self.trainer.loss_fn)
+        return finite_forward(
+            base,
+            batch,
+            partial(run, model),
+            # A second pass through DistributedDataParallel would speak to processes that do not make one.
+            partial(run, model if engine.sharded else base),
+            anywhere=engine.anywhere if engine.sharded else bool,
+        )
+
+    def _visit(self, ids: Tensor | None, forward: MimicForward | None, valid: Tensor) -> tuple[Visit, Tensor]:
+        """Return the micro-batch as weights see it, and the losses (b,) of its scored samples, with graph."""
+        last = self._taken >= len(self._micro_batches)
+        kept = self.trainer.epoch_end.kept(len(valid), ids, last=last)
+        if forward is None:
+            losses = scores = valid.new_zeros(0, dtype=torch.float32)
+        else:
+            losses, scores = forward.losses, forward.scores
+            if kept is not None:
+                losses, scores = losses[kept[valid]], scores[kept[valid]]
+        everything = torch.ones_like(valid) if kept is None else kept
+        plain = losses.detach().to(scores.dtype)
+        logits = self._logits(BatchSignals(plain, scores))
+        return Visit(ids, everything, valid & everything, plain, scores, logits), losses
+
+    def _logits(self, signals: BatchSignals) -> Tensor:
+        tau: Any = self.args.tau
+        if tau == "auto" and len(signals.mimic_scores):
+            if self.args.weight_scope == "device":
+                tau = auto_temperature(signals.mimic_scores)
+            else:
+                tau = 1.0 if self.temperature.variance is None else self.temperature.value
+        return STRATEGIES[self.args.strategy](signals, temperature=1.0 if isinstance(tau, str) else tau)
+
+    def _split_loss(
+        self, losses: Tensor, weights: Tensor, factor: Tensor | None, plain: Tensor, plain_factor: Tensor | None
+    ) -> Tensor:
+        """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
+        weights, plain = weights.to(losses.dtype), plain.to(losses.dtype)
+        chosen = {id(p): p for p in self.trainer.direction.parameters.values()}
+        rescale(chosen.values(), factor)
+        rescale((p for p in self.trainer.model.parameters() if id(p) not in chosen), plain_factor)
+        mean = (plain * losses).sum()
+        trained = [p for p in chosen.values() if p.requires_grad]
+        difference = ((weights - plain) * losses).sum()
+        grads: Any = ()
+        if trained and difference.requires_grad:
+            grads = torch.autograd.grad(difference, trained, retain_graph=True, allow_unused=True)
+        # (p - p.detach()) is zero and has gradient one: it adds what the chosen layers' gradient lacks.
+        extra = [((p - p.detach()) * g).sum() for p, g in zip(trained, grads, strict=False) if g is not None]
+        return mean + sum(extra)
+
+    # ---- one optimizer step ----------------------------------------------------------------------------------------
+
+    def _needs_temperature(self) -> bool:
+        automatic = self.args.tau == "auto" and self.args.weight_scope == "global" and self.args.strategy != "uniform"
+        return automatic and self.temperature.variance is None
+
+    def _measure(self, micro_batches: list[Mapping[str, Any]]) -> None:
+        """Set the temperature of the first step from its own scores, before any of its gradients: one extra forward."""
+        trainer, column = self.trainer, self.args.sample_id_column
+        found = []
+        with without_trace(trainer.model):
+            for number, inputs in enumerate(micro_batches, 1):
+                batch: Any = trainer._prepare_inputs(dict(inputs))
+                ids = batch.pop(column, None)
+                scores = mimic_forward(trainer.model, batch, trainer.direction(), trainer.loss_fn).scores
+                kept = trainer.epoch_end.kept(len(scores), ids, last=number == len(micro_batches))
+                found.append(scores if kept is None else scores[kept])
+        scores = self.engine.gather_unequal(torch.cat(found))
+        self.temperature.start(scores[scores.isfinite()])
+
+    def _check(self, weighted_score: Any, scale: Any) -> None:
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        direction, named = trainer.direction(), dict(trainer.model.named_parameters(remove_duplicate=False))
+        product = gradient_along(
+            direction, {n: named[n] for n in direction}, lambda x: self.engine.gather(x[None]).sum()
+        )
+        expected = self.engine.gather(torch.stack([weighted_score, scale])).mean(0).tolist()
+        if product is None or not expected[1]:
+            return
+        if accelerator.scaler is not None:
+            product = product / accelerator.scaler.get_scale()
+        low = accelerator.mixed_precision != "no" or any(named[n].dtype == torch.bfloat16 for n in direction)
+        if product.isfinite():  # a scaled float16 gradient may overflow: that step is skipped
+            check_gradient(product, expected[0], expected[1], norm=float(self._norm), low_precision=low)
+
+    def _record(self) -> None:
+        for ids, values in self._step.visits():
+            if ids is None:
+                raise ValueError(
+                    f"every example must have an integer `{self.args.sample_id_column}` to record scores by, got none. "
+                    "Let the data set's items have it, or train with record_scores=False."
+                )
+            step = self.trainer.state.global_step
+            self.trainer.scores.record(ids, epoch=self.trainer.current_pass, step=step, **values)

@@ -1,0 +1,74 @@
+"""The self-check: the gradient that training is about to use must agree with the scores that were computed.
+
+The weights w are constants, so the gradient g of sum_i w_i l_i satisfies <g, v> = sum_i w_i <grad l_i, v> =
+-||v|| sum_i w_i m_i: one dot product over the chosen layers tests every score, every weight and every scale at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class GradientMismatchError(RuntimeError):
+    """The gradient and the mimic scores contradict each other: one of them is wrong."""
+
+
+def gradient_along(
+    direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Return <g, v> over the chosen parameters, 0-d in float64 on the CPU; None if one of them is not trained.
+
+    Args:
+        direction: Parameter name to v.
+        parameters: Parameter name to parameter with its `.grad`; both may be sharded over processes.
+        total: Sums over the processes that hold shards.
+    """
+    terms, sharded = [], False
+    for name, parameter in parameters.items():
+        gradient, v = parameter.grad, direction[name]
+        if gradient is None:
+            return None
+        if hasattr(gradient, "to_local"):
+            gradient, v, sharded = gradient.to_local(), v.to_local(), True  # type: ignore[attr-defined]
+        terms.append((gradient.double() * v.double()).sum())
+    product = torch.stack(terms).sum()
+    return (total(product) if sharded else product).cpu()
+
+
+def check_gradient(product: Tensor, weighted_score: float, scale: float, *, norm: float, low_precision: bool) -> None:
+    """Raise unless <g, v> equals -||v|| sum w m, to 0.5 % of ||v|| sum w |m| (5 % in low precision).
+
+    Args:
+        product: <g, v>.
+        weighted_score: sum w m over the optimizer step.
+        scale: sum w |m|.
+        norm: ||v||.
+        low_precision: Whether forward and backward ran in float16 or bfloat16.
+
+    Raises:
+        GradientMismatchError: With the likely cause.
+    """
+    expected, allowed = -norm * weighted_score, norm * scale * (0.05 if low_precision else 0.005)
+    found = float(product)
+    if abs(found - expected) <= allowed:
+        return
+    ratio = found / expected if expected else float("nan")
+    if abs(ratio - round(ratio)) < 0.02 and round(ratio) >= 2:
+        cause = (
+            f"The gradient is {round(ratio)} times too large: something scales the loss, by the number of processes or "
+            "accumulated micro-batches for instance. Look for an overridden `training_step` or `compute_loss`."
+        )
+    else:
+        cause = (
+            "A tangent was lost on its way to the loss, or the gradient is changed by a hook. Usual causes: a part of "
+            "the model in torch.jit.script, torch.func or a custom kernel; a wrapper that detaches; a loss that "
+            "depends on `mimic_layers` through a buffer. Choose `mimic_layers` behind that part."
+        )
+    raise GradientMismatchError(
+        f"<gradient, v> must equal -||v|| sum w m = {expected:.6g}, got {found:.6g} (allowed difference "
+        f"{allowed:.2g}): the scores do not describe this gradient. {cause} To train all the same, without "
+        "this guard: self_check_steps=-1."
+    )

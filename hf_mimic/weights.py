@@ -1,0 +1,138 @@
+"""Weights over a whole optimizer step: a softmax computed micro-batch by micro-batch, on every process at once.
+
+Read `OnlineSoftmax`: what the gradient accumulated so far stands for, before and after a micro-batch. The sums that
+travel along in the same small gather (`StepSums`) serve the log, the self-check and the temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Gather = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the samples of an optimizer step, 0-d tensors; e_i = exp(a_i - c) with the log-weights a."""
+
+    weight: Tensor  # Z = sum e_i
+    weight_square: Tensor  # sum e_i^2
+    weighted_score: Tensor  # sum e_i m_i
+    weighted_absolute_score: Tensor
+    weighted_loss: Tensor
+    count: Tensor
+    loss: Tensor
+    score: Tensor
+    score_square: Tensor
+    negative: Tensor  # how many scores are below 0
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """1 / sum w^2: `count` if the weights are uniform, 1 if one sample has all."""
+        return self.weight.square() / self.weight_square
+
+    @property
+    def score_variance(self) -> Tensor:
+        """The unbiased variance of the scores; not a number for fewer than two samples."""
+        square = self.score_square - self.score.square() / self.count
+        noise = 10 * torch.finfo(square.dtype).eps * self.score_square  # of the difference of two sums
+        return torch.where(square > noise, square, 0) / (self.count - 1)
+
+
+_POWERS = (1, 2, 1, 1, 1, 0, 0, 0, 0, 0)  # of e_i in each sum: how it scales with exp(-c)
+
+
+class OnlineSoftmax:
+    """The softmax over all samples of an optimizer step, on P processes, without keeping their graphs.
+
+    With log-weights a_i, the gradient accumulated on process p stands at any time for
+
+        (1 / d_p) (shared + P sum_i exp(a_i - c_p) grad l_i),
+
+    the sum over what p added since gradients were last averaged over processes; `shared` is what was there then, the
+    same on all. `add` returns what keeps this true. Where gradients are averaged next, a gather makes c the same on
+    all and d = Z, the sum of exp(a_i - c) over everything: averaging then gives sum_i w_i grad l_i with
+    w = softmax(a). Nothing is left to divide by, so clipping and loss scaling see the normalised gradient.
+
+    Args:
+        processes: P, over which gradients are averaged.
+
+    References:
+        Online normaliser of the softmax, arXiv 1805.02867, algorithm 3.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
+        self._started = self._shared = False
+        self._shift: Tensor  # c_p
+        self._divisor: Tensor  # d_p
+        self._own: Tensor  # this process's sums since the last gather
+        self._others: Tensor  # everyone's sums until then
+
+    @property
+    def sums(self) -> StepSums:
+        """The sums over all processes, as of the last gather."""
+        if not self._shared:
+            raise RuntimeError("the sums of a step are known after a gather, got none yet.")
+        return StepSums(*self._others.unbind())
+
+    def add(
+        self, logits: Tensor, losses: Tensor, scores: Tensor, *, gather: Gather | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take in a micro-batch; return its weights, and the factor for the gradient that is accumulated already.
+
+        Args:
+            logits: Log-weights a (b,), finite; b may be 0.
+            losses: Per-sample losses (b,).
+            scores: Mimic scores (b,).
+            gather: (k,) -> (P, k), if gradients are averaged over processes after this micro-batch; so on all.
+
+        Returns:
+            Weights (b,) for the losses of this micro-batch; a 0-d factor, None if nothing is accumulated yet.
+        """
+        first, peak = not self._started, torch.cat([logits, logits.new_full((1,), -torch.inf)]).max()
+        if first:
+            self._started, self._shift, self._own = True, peak, logits.new_zeros(len(_POWERS))
+            # Any constant would do until the gather; this one keeps the loss near its mean.
+            self._divisor, self._others = logits.new_tensor(max(len(logits), 1)), torch.zeros_like(self._own)
+        before, divisor = self._shift, self._divisor
+        self._rescale(torch.maximum(before, peak))
+        self._own = self._own + _sums(logits, losses, scores, self._shift)
+        if gather is not None:
+            self._share(gather(torch.cat([self._shift[None], self._own])))
+        weights = self.processes * self.normalise(logits)
+        if first:
+            return weights, None
+        return weights, torch.nan_to_num(torch.exp(before - self._shift) * (divisor / self._divisor))
+
+    def normalise(self, logits: Tensor) -> Tensor:
+        """Return exp(a - c) / d (b,): the weights of these samples in the sum over everything gathered so far."""
+        return torch.exp(logits - self._shift) / self._divisor
+
+    def _rescale(self, shift: Tensor) -> None:
+        scale = _scale(self._shift, shift)
+        self._own, self._others, self._shift = self._own * scale, self._others * scale, shift
+
+    def _share(self, rows: Tensor) -> None:
+        """Merge the sums of all processes: rows (P, 1 + k) of their c and their sums."""
+        self._rescale(rows[:, 0].max())
+        self._others = self._others + (rows[:, 1:] * _scale(rows[:, :1], self._shift)).sum(0)
+        self._own, self._shared = torch.zeros_like(self._own), True
+        self._divisor = self._others[0]
+
+
+def _scale(old: Tensor, new: Tensor) -> Tensor:
+    """Return by what each of the k sums changes when c does; where there were no samples (c = -inf), by 0 or 1."""
+    factor = torch.nan_to_num(torch.exp(old - new))
+    return factor ** torch.tensor(_POWERS, device=factor.device)
+
+
+def _sums(logits: Tensor, losses: Tensor, scores: Tensor, shift: Tensor) -> Tensor:
+    weights, one = torch.exp(logits - shift), torch.ones_like(logits)
+    terms = [one, weights, scores, scores.abs(), losses]
+    plain = [one, losses, scores, scores.square(), (scores < 0).to(one)]
+    return torch.stack([(weights * term).sum() for term in terms] + [term.sum() for term in plain])
