@@ -17,6 +17,7 @@ from transformers import Trainer
 from hf_mimic.finite import without_trace
 from hf_mimic.losses import PerSampleLoss, model_inputs
 from hf_mimic.mimic import MimicForward, mimic_forward
+from hf_mimic.sharding import reshard, units
 
 
 def check_engine(trainer: Trainer, *, reweight: str) -> None:
@@ -54,7 +55,7 @@ def check_engine(trainer: Trainer, *, reweight: str) -> None:
             "every process must have samples of its own, got tensor, context or sequence parallelism "
             f"({parallel}). Use data parallelism: DDP or FSDP2."
         )
-    if plugin is not None and (args.torch_compile or reweight == "mimic_layers"):
+    if (plugin is not None or units(model)) and (args.torch_compile or reweight == "mimic_layers"):
         wrong = "torch_compile=True" if args.torch_compile else 'reweight="mimic_layers"'
         raise ValueError(f"FSDP2 must be used without {wrong}, which needs unsharded parameters. Use DDP for it.")
     if any(isinstance(module, OptimizedModule) for module in model.modules()):
@@ -74,10 +75,20 @@ class Engine:
     def __init__(self, trainer: Trainer) -> None:
         self.accelerator = trainer.accelerator
         self.processes = self.accelerator.num_processes
-        self.sharded = trainer.is_fsdp_enabled
-        self.compiled = False
+        self.sharded = self.compiled = False
+        self.parameters: list[Tensor] = []
+
+    def prepared(self, model: nn.Module) -> None:
+        """Take note of how the model was wrapped for training."""
+        self.compiled = any(
+            isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()
+        )
+        self.sharded = bool(units(model))
+        reshard(model)
+        # NOTE: those that hold gradients. After a forward pass, FSDP2 may have left others in the model's place.
+        self.parameters = list(model.parameters())
         if self.sharded:
-            # NOTE: gradients held back by FSDP2 between micro-batches cannot be reached; averaged ones can.
+            # NOTE: gradients that FSDP2 holds back between micro-batches cannot be reached; averaged ones can.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def gather(self, row: Tensor) -> Tensor:
@@ -136,8 +147,3 @@ def rescale(parameters: Iterable[Tensor], factor: Tensor | None) -> None:
         if parameter.grad is not None:
             gradient: Any = parameter.grad
             (gradient.to_local() if hasattr(gradient, "to_local") else gradient).mul_(factor)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Return whether any part of a prepared model runs compiled code."""
-    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())

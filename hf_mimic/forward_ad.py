@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_map
 from hf_mimic.tangents import CUT, RANDOM, VIEW_GETTERS, function_tangent, primal_context, reevaluate
 
 _INPLACE_OPERATORS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__ __imatmul__ __setitem__".split())
+_OF_THE_NODE = frozenset(("register_hook", "retain_grad"))
 
 
-class _Pass:
+class Pass:
     """One scoring pass: while `active`, duals propagate; afterwards they behave as their primals."""
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class _Pass:
         return self.grad and not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled()
 
     def close(self) -> None:
+        """End the pass."""
         # Checkpointing keeps the layer inputs until backward: their tangents need not live that long.
         self.active = False
         for reference in self.duals:
@@ -55,7 +57,7 @@ class Dual(Tensor):
 
     _primal: Tensor | None
     _tangent: Tensor | None
-    _pass: _Pass
+    _pass: Pass
 
     @classmethod
     def __torch_function__(
@@ -63,11 +65,12 @@ class Dual(Tensor):
     ) -> Any:
         """Run `func` on the primals; give its floating-point outputs the tangents of `function_tangent`."""
         name, given = getattr(func, "__name__", ""), dict(kwargs or {})
-        if name == "__get__" and func not in VIEW_GETTERS:
-            # NOTE: read from the dual, not from an alias of it: made under no_grad, that would not require grad.
+        if (name == "__get__" and func not in VIEW_GETTERS) or name in _OF_THE_NODE:
+            # NOTE: of the dual, not of an alias: that would not require grad, and hooks on it would never run.
+            held = args[0] if args[0]._primal is None else args[0]._primal
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **given)
-        scopes: list[_Pass] = []
+                return func(held, *args[1:], **given)
+        scopes: list[Pass] = []
         primals = _map_tensors(functools.partial(_primal_noting, scopes=scopes), args)
         primal_kwargs = _map_tensors(functools.partial(_primal_noting, scopes=scopes), given)
         if not scopes or name in CUT or scopes[0].cuts():
@@ -117,26 +120,45 @@ def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor | Callable[[
         tangents: Parameter name to tensor of the parameter's shape, dtype and device, or to a function that makes
             it whenever a torch function meets the parameter: not all of them at once.
     """
-    scope, swapped = _Pass(), []
+    scope = Pass()
     try:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        with torch.enable_grad():
-            # The parameter itself stays the primal: autocast caches the casts of leaves only.
-            duals = {id(named[name]): _make(named[name], tangent, scope) for name, tangent in tangents.items()}
-        for module in model.modules():
-            for key, parameter in module._parameters.items():
-                if id(parameter) in duals:
-                    swapped.append((module, key, parameter))
-        for module, key, parameter in swapped:
-            module._parameters[key] = duals[id(parameter)]  # type: ignore[assignment]
-        yield
+        with swapped(places(model, tangents), tangents, scope):
+            yield
     finally:
-        for module, key, parameter in swapped:
-            module._parameters[key] = parameter
         scope.close()
 
 
-def _make(primal: Tensor, tangent: Any, scope: _Pass) -> Dual:
+Place = tuple[nn.Module, str, str]
+
+
+def places(model: nn.Module, names: Iterable[str]) -> list[Place]:
+    """Return (module, key, parameter name) for every place of `model` that holds a named parameter."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {id(named[name]): name for name in names}
+    own = ((module, key, id(p)) for module in model.modules() for key, p in module._parameters.items())
+    return [(module, key, chosen[number]) for module, key, number in own if number in chosen]
+
+
+@contextmanager
+def swapped(where: Sequence[Place], tangents: Mapping[str, Any], scope: Pass) -> Iterator[None]:
+    """Within the context duals stand at the given places, with the parameters now there as primals."""
+    before = [(module, key, name, module._parameters[key]) for module, key, name in where]
+    duals: dict[str, Any] = {}
+    try:
+        with torch.enable_grad():
+            # The parameter itself stays the primal: autocast caches the casts of leaves only.
+            for _, _, name, parameter in before:
+                if name not in duals:
+                    duals[name] = _make(parameter, tangents[name], scope)  # type: ignore[arg-type]
+        for module, key, name, _ in before:
+            module._parameters[key] = duals[name]
+        yield
+    finally:
+        for module, key, _, parameter in before:
+            module._parameters[key] = parameter
+
+
+def _make(primal: Tensor, tangent: Any, scope: Pass) -> Dual:
     dual = primal.as_subclass(Dual)
     dual._primal = primal if torch.is_grad_enabled() else None
     dual._tangent, dual._pass = tangent, scope
@@ -157,7 +179,7 @@ def _map_tensors(function: Callable, x: Any) -> Any:
     return x
 
 
-def _primal_noting(x: Tensor, scopes: list[_Pass]) -> Tensor:
+def _primal_noting(x: Tensor, scopes: list[Pass]) -> Tensor:
     if isinstance(x, Dual) and x._tangent is not None and x._pass.active:
         scopes.append(x._pass)
     return primal_of(x)
@@ -169,7 +191,7 @@ def _has_floating(out: Any) -> bool:
     return isinstance(out, (tuple, list)) and any(_has_floating(item) for item in out)
 
 
-def _pair(out: Any, tangent: Any, scope: _Pass) -> Any:
+def _pair(out: Any, tangent: Any, scope: Pass) -> Any:
     """Join outputs and tangents of the same structure; an output whose tangent is None stays plain."""
     if tangent is None or not _has_floating(out):
         return out
@@ -199,7 +221,7 @@ def _is_inplace(func: Callable, name: str, args: tuple, kwargs: dict) -> bool:
     return position is not None and bool(args[position] if position < len(args) else kwargs.get("inplace"))
 
 
-def _run_inplace(target: Tensor, call: tuple, scope: _Pass) -> Any:
+def _run_inplace(target: Tensor, call: tuple, scope: Pass) -> Any:
     """Compute the tangent first, on clones; then run the primal; then write the tangent in place too."""
     func, primals, kwargs, tangents, tangent_kwargs = call
 
@@ -223,7 +245,7 @@ def _run_inplace(target: Tensor, call: tuple, scope: _Pass) -> Any:
     return target if result is primals[0] else result
 
 
-def _become_dual(target: Tensor, tangent: Tensor, scope: _Pass) -> None:
+def _become_dual(target: Tensor, tangent: Tensor, scope: Pass) -> None:
     """Let a plain tensor to which a value with a tangent was just written carry a tangent from now on."""
     if target._is_view():
         raise NotImplementedError(

@@ -29,25 +29,28 @@ def match_parameters(model: nn.Module, layers: str | Sequence[str]) -> list[str]
         ValueError: If an entry chooses nothing; the closest names are shown.
     """
     wanted = [layers] if isinstance(layers, str) else list(layers)
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
+    named = dict(model.named_parameters(remove_duplicate=False))
+    # FSDP's activation checkpointing wraps blocks, which shows in the names: callers know them without.
+    wrapped = {n.replace("_checkpoint_wrapped_module.", ""): n for n, p in named.items() if p.is_floating_point()}
+    names = list(wrapped)
     if not wanted:
         raise ValueError(f'`mimic_layers` must name at least one layer, got {layers!r}. Use "head" or "all".')
     chosen: set[str] = set()
     for entry in wanted:
-        matched = WORDS[entry](model) if entry in WORDS else _match_name(model, names, entry)
+        matched = WORDS[entry](model) if entry in WORDS else [wrapped[n] for n in _match_name(names, entry)]
         if not matched:
             raise ValueError(_no_match(names, entry))
         chosen |= set(matched)
     seen: set[int] = set()  # a tied parameter is one parameter
     result = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named.items():
         if name in chosen and id(parameter) not in seen and parameter.is_floating_point():
             seen.add(id(parameter))
             result.append(name)
     return result
 
 
-def _match_name(model: nn.Module, names: list[str], entry: str) -> list[str]:
+def _match_name(names: list[str], entry: str) -> list[str]:
     exact = [name for name in names if name == entry or name.startswith(f"{entry}.")]
     if exact:
         return exact

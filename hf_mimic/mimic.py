@@ -20,6 +20,7 @@ from hf_mimic.forward_ad import dual_parameters, primal_of, strip, tangent_of
 from hf_mimic.layers import match_parameters
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
 from hf_mimic.reference import Reference, read_tensors
+from hf_mimic.sharding import dual_shards, reshard, shard_like, total_norm, units
 
 DIRECTIONS = ("current", "start", "task_vector")
 
@@ -71,6 +72,7 @@ class MimicDirection:
                 'fine-tuned from. Name it, or use direction="current" or "start".'
             )
         self.kind = kind
+        reshard(model)
         self.names = match_parameters(model, layers)
         named = dict(model.named_parameters(remove_duplicate=False))
         self.parameters = {name: named[name] for name in self.names}
@@ -91,9 +93,13 @@ class MimicDirection:
         """Return v at the parameters' present values: name to tensor."""
         return _Difference(self.tensors, self.parameters) if self.kind == "current" else self.tensors
 
+    def restart(self, direction: Mapping[str, Tensor]) -> None:
+        """Take v of direction="start" from where an interrupted run started."""
+        self.tensors = self._like_parameters(direction)
+
     def _like_parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wide = {n: torch.promote_types(p.dtype, torch.float32) for n, p in self.parameters.items()}
-        return {n: tensors[n].to(p.device, wide[n], copy=True) for n, p in self.parameters.items()}
+        return {n: shard_like(tensors[n].to(p.device, wide[n], copy=True), p) for n, p in self.parameters.items()}
 
 
 class _Difference(Mapping[str, Tensor]):
@@ -124,7 +130,7 @@ class MimicForward:
 
 def direction_norm(direction: Mapping[str, Tensor]) -> Tensor:
     """Return ||v|| over all chosen parameters, as a 0-d tensor."""
-    return torch.stack([v.norm() for v in direction.values()]).norm()
+    return total_norm(direction.values())
 
 
 def mimic_forward(
@@ -154,9 +160,10 @@ def mimic_forward(
     named = dict(base.named_parameters(remove_duplicate=False))
     norm = _checked_norm(direction, named)
     tangents = {name: partial(_cast, direction, name, named[name].dtype) for name in direction}
+    duals = dual_shards(base, direction) if units(base) else dual_parameters(base, tangents)
     grad = torch.is_grad_enabled()
     # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), dual_parameters(base, tangents):
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), duals:
         outputs = model(**model_inputs(batch))
         losses = loss_fn(outputs, batch)
         tangent, losses, outputs = tangent_of(losses), primal_of(losses), strip(outputs)
@@ -182,18 +189,22 @@ def _cast(direction: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Ten
 
 def _checked_norm(direction: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> Tensor:
     """Return ||v||, looking at every tensor once: a direction may make them as they are asked for."""
-    norms, wrong = [], []
-    for name, v in direction.items():
-        norms.append(v.norm())
-        if name not in named or v.shape != named[name].shape:
-            wrong.append(name)
+    wrong: list[str] = []
+
+    def checked() -> Iterator[Tensor]:
+        for name, v in direction.items():
+            if name not in named or v.shape != named[name].shape:
+                wrong.append(name)
+            yield v
+
+    norm = total_norm(checked()) if direction else torch.zeros(())
     if wrong or not direction:
         raise ValueError(
             f"the direction must hold one tensor per chosen parameter of this model, in its shape, got {len(direction)} "
             f"of which {len(wrong)} do not fit{': ' * bool(wrong)}{', '.join(wrong[:3])}. Compute it by "
             "`reference_direction` with the model as it is scored (after PEFT wrapped it)."
         )
-    return torch.stack(norms).norm()
+    return norm
 
 
 @torch.no_grad()

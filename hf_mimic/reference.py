@@ -71,10 +71,20 @@ def read_tensors(
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Return parameter name to all names of that parameter, its own first: a checkpoint stores a tied one once."""
     by_id: dict[int, list[str]] = defaultdict(list)
-    named = model.state_dict(keep_vars=True)  # buffers too: a checkpoint is read by the same rules
+    named = _tensors(model)
     for name, parameter in named.items():
         by_id[id(parameter)].append(name)
     return {name: sorted(by_id[id(p)], key=lambda alias: alias != name) for name, p in named.items()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return name to parameter or stored buffer: a checkpoint is read by the same rules.
+
+    NOTE: `state_dict` names parameters without FSDP's checkpoint wrappers, `named_parameters` with them.
+    """
+    stored = model.state_dict(keep_vars=True)
+    buffers = {name: tensor for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter)}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def read_config(reference: str | Path, *, revision: str | None = None) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def check_labels(model: nn.Module, config: Mapping[str, Any], reference: str) ->
 
 
 def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str], reference: Any) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict(keep_vars=True).items()}
+    shapes = {name: tuple(p.shape) for name, p in _tensors(model).items()}
     wrong = [f"{n}: not in the reference" for n in names if n not in found]
     wrong += [
         f"{n}: {shapes[n]} here, {tuple(found[n].shape)} in the reference"
@@ -201,7 +211,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
 
 def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[str], list[str]]]:
     """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
-    own = list(model.state_dict(keep_vars=True))
+    own = list(_tensors(model))
     plain = {_without_peft(name, model): name for name in own}
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}
@@ -217,6 +227,7 @@ def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[s
 
 def _without_peft(name: str, model: Any = None) -> str:
     """Return the name that a parameter has without PEFT's wrapping and the names of the model's adapters."""
+    name = name.replace("_checkpoint_wrapped_module.", "")  # FSDP's activation checkpointing
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
     for adapter in getattr(model, "peft_config", ()):

@@ -68,7 +68,7 @@ class ScoredTraining:
             self._measure(self._micro_batches or [batch])
         self._taken += 1
         forward, first, valid = self._forward(model, batch)
-        visit, losses = self._visit(ids, forward, valid)
+        visit, losses = self._visit(ids, forward or first, valid)
         self._norm, self._barren = first.norm, self._barren and forward is None
         self._nonfinite = self._nonfinite + (~valid).sum()
         options: dict[str, Any] = {
@@ -77,14 +77,14 @@ class ScoredTraining:
         }
         weights, factor = self._step.add(visit, **options)
         if self._plain_step is None:
-            rescale(model.parameters(), factor)
+            rescale(self.engine.parameters, factor)
             loss = (weights.to(losses.dtype) * losses).sum()
         else:
             loss = self._split_loss(losses, weights, factor, *self._plain_step.add(visit, **options))
         if forward is None:
             # Parameters that find_unused_parameters counted as unused must stay so.
             finds_unused = getattr(model, "find_unused_parameters", False)
-            loss = no_gradient(model.parameters(), first.losses if finds_unused else None)
+            loss = no_gradient(self.engine.parameters, first.losses if finds_unused else None)
         return loss, None if forward is None else forward.outputs
 
     def finish(self) -> Tensor:
@@ -134,16 +134,15 @@ class ScoredTraining:
             anywhere=engine.anywhere if engine.sharded else bool,
         )
 
-    def _visit(self, ids: Tensor | None, forward: MimicForward | None, valid: Tensor) -> tuple[Visit, Tensor]:
+    def _visit(self, ids: Tensor | None, forward: MimicForward, valid: Tensor) -> tuple[Visit, Tensor]:
         """Return the micro-batch as weights see it, and the losses (b,) of its scored samples, with graph."""
         last = self._taken >= len(self._micro_batches)
         kept = self.trainer.epoch_end.kept(len(valid), ids, last=last)
-        if forward is None:
-            losses = scores = valid.new_zeros(0, dtype=torch.float32)
-        else:
-            losses, scores = forward.losses, forward.scores
-            if kept is not None:
-                losses, scores = losses[kept[valid]], scores[kept[valid]]
+        losses, scores = forward.losses, forward.scores
+        if not valid.any():  # nothing but their kind matters: it must be that of the other processes
+            losses, scores = losses[:0].detach(), scores[:0]
+        elif kept is not None:
+            losses, scores = losses[kept[valid]], scores[kept[valid]]
         everything = torch.ones_like(valid) if kept is None else kept
         plain = losses.detach().to(scores.dtype)
         logits = self._logits(BatchSignals(plain, scores))
@@ -165,7 +164,7 @@ class ScoredTraining:
         weights, plain = weights.to(losses.dtype), plain.to(losses.dtype)
         chosen = {id(p): p for p in self.trainer.direction.parameters.values()}
         rescale(chosen.values(), factor)
-        rescale((p for p in self.trainer.model.parameters() if id(p) not in chosen), plain_factor)
+        rescale((p for p in self.engine.parameters if id(p) not in chosen), plain_factor)
         mean = (plain * losses).sum()
         trained = [p for p in chosen.values() if p.requires_grad]
         difference = ((weights - plain) * losses).sum()
@@ -199,9 +198,7 @@ class ScoredTraining:
     def _check(self, weighted_score: Any, scale: Any) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         direction, named = trainer.direction(), dict(trainer.model.named_parameters(remove_duplicate=False))
-        product = gradient_along(
-            direction, {n: named[n] for n in direction}, lambda x: self.engine.gather(x[None]).sum()
-        )
+        product = gradient_along(direction, named)
         expected = self.engine.gather(torch.stack([weighted_score, scale])).mean(0).tolist()
         if product is None or not expected[1]:
             return

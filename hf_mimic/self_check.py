@@ -6,36 +6,36 @@ The weights w are constants, so the gradient g of sum_i w_i l_i satisfies <g, v>
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_mimic.sharding import is_shard
 
 
 class GradientMismatchError(RuntimeError):
     """The gradient and the mimic scores contradict each other: one of them is wrong."""
 
 
-def gradient_along(
-    direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Return <g, v> over the chosen parameters, 0-d in float64 on the CPU; None if one of them is not trained.
+def gradient_along(direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor | None:
+    """Return <g, v> over the chosen parameters, 0-d; None if one of them is not trained.
 
     Args:
         direction: Parameter name to v.
-        parameters: Parameter name to parameter with its `.grad`; both may be sharded over processes.
-        total: Sums over the processes that hold shards.
+        parameters: Parameter name to parameter with its `.grad`; both may be sharded over processes, which then all
+            must call this.
     """
-    terms, sharded = [], False
-    for name, parameter in parameters.items():
-        gradient, v = parameter.grad, direction[name]
+    terms = []
+    for name, v in direction.items():
+        gradient: Any = parameters[name].grad
         if gradient is None:
             return None
-        if hasattr(gradient, "to_local"):
-            gradient, v, sharded = gradient.to_local(), v.to_local(), True  # type: ignore[attr-defined]
-        terms.append((gradient.double() * v.double()).sum())
-    product = torch.stack(terms).sum()
-    return (total(product) if sharded else product).cpu()
+        wide = torch.float32 if gradient.device.type == "mps" else torch.float64
+        term = (gradient.to(wide) * v.to(wide)).sum()
+        terms.append(term.full_tensor() if is_shard(term) else term)
+    return torch.stack(terms).sum()
 
 
 def check_gradient(product: Tensor, weighted_score: float, scale: float, *, norm: float, low_precision: bool) -> None:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
-from hf_mimic.engine import Engine, check_engine, is_compiled
+from hf_mimic.engine import Engine, check_engine
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.padding import EpochEnd
@@ -28,6 +28,7 @@ from hf_mimic.reference import Reference
 from hf_mimic.resuming import ResumingTrainer
 from hf_mimic.scored_training import ScoredTraining
 from hf_mimic.scores import ScoreTable
+from hf_mimic.sharding import whole
 
 DIRECTION_NAME = "mimic_direction.safetensors"
 
@@ -95,7 +96,8 @@ class MimicTrainer(ResumingTrainer):
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
         self.loss_fn = loss_fn or loss_for_model(self.model, smoothing)
         self._reference = reference
-        self.direction = self._make_direction()
+        # NOTE: before FSDP has prepared the model, some processes may hold empty weights.
+        self.direction: Any = None if self.is_fsdp_enabled else self._make_direction()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
         self.training = ScoredTraining(self)
         self._runs = 0
@@ -184,7 +186,7 @@ class MimicTrainer(ResumingTrainer):
         """Write the scores up to the checkpoint, and where direction="start" started."""
         self.scores.flush(self.args.process_index)
         if self.args.direction == "start":
-            tensors = {name: v.cpu().contiguous() for name, v in self.direction().items()}
+            tensors = {name: whole(v).cpu().contiguous() for name, v in self.direction().items()}
             if self.args.should_save:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 save_file(tensors, str(Path(folder) / DIRECTION_NAME))
@@ -197,11 +199,10 @@ class MimicTrainer(ResumingTrainer):
     def begin_run(self) -> None:
         """Start from `state.global_step`: bind the direction to the prepared model, forget later scores."""
         step = self.state.global_step
-        self.engine.compiled = is_compiled(self.model_wrapped)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        name, known = next(iter(self.direction.parameters.items()))
-        if parameters.get(name) is not known:  # `model_init` made another model
-            self.direction = self._make_direction()
+        self.engine.prepared(self.model_wrapped)
+        parameters = {id(p) for p in self.model.parameters()}
+        if self.direction is None or not parameters >= set(map(id, self.direction.parameters.values())):
+            self.direction = self._make_direction()  # FSDP replaced the parameters, or `model_init` made others
         self.training = ScoredTraining(self)
         if step:
             self.training.resume(self._saved.get("temperature", {}))
@@ -223,7 +224,7 @@ class MimicTrainer(ResumingTrainer):
         if self.args.direction != "start":
             return
         if path.is_file():
-            self.direction.tensors = {n: v.to(self.direction.tensors[n]) for n, v in load_file(str(path)).items()}
+            self.direction.restart(load_file(str(path)))
         else:
             warnings.warn(
                 f'{path} is missing: direction="start" now starts from the model that was given, not from where the '

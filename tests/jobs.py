@@ -5,15 +5,72 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import models
 import splits
 import torch
+from accelerate import PartialState
+from splits import steps_of
+from torch.distributed.fsdp import FSDPModule
+from transformers.distributed import DistributedConfig
+
+from hf_mimic.sharding import whole
 
 
-def step_gradients(
-    folder: Path, *, family: str, split: str, double: bool = False, plain: bool = False, **options: Any
-):
-    """Return the gradients of every optimizer step, and the score table's rows."""
-    dtype = torch.float64 if double else torch.float32
-    trainer = splits.train(family, split, folder, dtype=dtype, plain=plain, **options)
-    rows = {} if plain else trainer.scores.to_arrow().to_pydict()
-    return {"gradients": splits.steps_of(trainer), "rows": rows, "log": trainer.state.log_history}
+def step_gradients(folder: Path, *, family: str, split: str, **options: Any) -> dict[str, Any]:
+    """Return the gradients of every optimizer step, the weights, the score table's rows and the log."""
+    trainer = splits.train(family, split, folder, **options)
+    rows = {} if options.get("plain") else trainer.scores.to_arrow().to_pydict()
+    weights = dict(trainer.model.state_dict())
+    return {"gradients": steps_of(trainer), "weights": weights, "rows": rows, "log": trainer.state.log_history}
+
+
+def error_of(folder: Path, *, family: str, split: str, scale: float, **options: Any) -> dict[str, Any]:
+    """Return the message of the error that a trainer with a scaled loss ends with."""
+
+    class Scaled(splits.MimicTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return scale * super().compute_loss(*args, **kwargs)
+
+    try:
+        splits.train(family, split, folder, trainer_class=Scaled, **options)
+    except RuntimeError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+def sharded(
+    folder: Path, *, layers: str, accumulate: int, broken: list[int] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Train a ViT that transformers shards with FSDP2; return its whole gradients and the scores of its visits."""
+    splits.AcceleratorState._reset_state()
+    model, batch = splits.make("vit", torch.float32, broken or ())
+    saved = folder.parent / "vit"
+    if PartialState().is_main_process:
+        splits.make("vit", torch.float32)[0].save_pretrained(saved)
+    PartialState().wait_for_everyone()
+    plan = DistributedConfig(fsdp_size=2, fsdp_plan={"vit.layers.*": "free_full_weight"})
+    reference = models.moved(model)
+    model = type(model).from_pretrained(saved, distributed_config=plan)
+    options = {"per_device_train_batch_size": 8 // accumulate, "gradient_accumulation_steps": accumulate}
+    options |= {
+        "num_train_epochs": 1,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "mimic_layers": layers,
+        "self_check_steps": 1,
+    }
+    args = splits.MimicTrainingArguments(str(folder), **{**splits.QUIET, **options})
+    trainer = splits.MimicTrainer(model, args, train_dataset=splits.Rows(batch), reference_model=reference)
+
+    class Whole(splits.Gradients):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            named = model.named_parameters()
+            self.steps.append({n: None if p.grad is None else whole(p.grad).clone() for n, p in named})
+
+    trainer.add_callback(Whole())
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return {"error": str(error)}
+    units_found = sum(isinstance(module, FSDPModule) for module in model.modules())
+    return {"gradients": steps_of(trainer), "rows": trainer.scores.to_arrow().to_pydict(), "units": units_found}

@@ -1,17 +1,20 @@
-"""One optimizer step split in every way: batch sizes, accumulated micro-batches, processes. Run in a process, or in two.
+"""One optimizer step split in every way: batch sizes, accumulated micro-batches, processes.
 
-`gradients_of_splits` trains one model by every split; tests compare what it returns with an oracle.
+`train` runs one pass in this process or, called from worker.py, in one of two; tests compare the gradients of its
+optimizer steps with those of another split or with an oracle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import datasets
 import models
 import torch
 import transformers as tf
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from training import FIRST, QUIET, Gradients, gradients_of
 
 from hf_mimic.arguments import MimicTrainingArguments
@@ -26,41 +29,77 @@ FAMILIES = ("vit", "clip_classifier", "siglip_classifier", "resnet", "swinv2", "
 class Rows(torch.utils.data.Dataset):
     """A batch as a data set that keeps its precision, with ids 100, 101 ..."""
 
-    def __init__(self, batch: dict[str, torch.Tensor], ids: bool = True) -> None:
+    def __init__(self, batch: dict[str, Tensor], ids: bool = True) -> None:
         self.batch = {**batch, "sample_id": torch.arange(FIRST, FIRST + ROWS)} if ids else batch
 
     def __len__(self) -> int:
         return ROWS
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
         return {name: column[row] for name, column in self.batch.items()}
 
 
-def freeze_norms(model: nn.Module) -> nn.Module:
-    """Keep batch norm in eval mode while the rest trains: its statistics would depend on the split."""
+class Unscales(tf.TrainerCallback):
+    """Lets clipping unscale first, as in float16 training, once it is too late for autocast to begin."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+
+
+def make(family: str, dtype: torch.dtype, broken: Sequence[int] = ()) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model, its batch norm frozen and without random parts, and a batch of ROWS; some rows with a NaN."""
+    kind = {"multi_label": "vit", "lora": "clip_classifier"}.get(family, family)
+    options: dict[str, Any] = {}
+    if family == "multi_label":
+        options = {"problem_type": "multi_label_classification"}
+    if family == "swinv2":
+        options = {"drop_path_rate": 0.0}
+    model, batch = models.make(kind, dtype, **options), models.make_batch(kind, dtype, size=ROWS)
+    if family == "lora":
+        model = models.with_lora(model)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
-    return model
-
-
-def make(family: str, dtype: torch.dtype) -> tuple[nn.Module, dict]:
-    """Return the model and a batch of ROWS."""
-    kind = "vit" if family == "multi_label" else family
-    options = {"problem_type": "multi_label_classification"} if family == "multi_label" else {}
-    options |= {"drop_path_rate": 0.0} if family == "swinv2" else {}  # random numbers would differ
-    model = freeze_norms(models.make(kind, dtype, **options))
-    batch = models.make_batch(kind, dtype, size=ROWS)
     if family == "multi_label":
         generator = torch.Generator().manual_seed(3)
         batch["labels"] = (torch.rand(ROWS, models.LABELS, generator=generator) < 0.5).to(dtype)
+    for row in broken:
+        batch["pixel_values"][row, 0, 0, 0] = torch.nan
     return model, batch
 
 
-def train(family: str, split: str, folder: Any, *, dtype: torch.dtype = torch.float32, plain: bool = False, **options):
-    """Train one pass with a learning rate of 0 (all steps see the same weights) unless given; return the trainer."""
+def train(
+    family: str,
+    split: str,
+    folder: Any,
+    *,
+    double: bool = False,
+    plain: bool = False,
+    broken: Sequence[int] = (),
+    shards: int = 0,
+    scaler: bool = False,
+    trainer_class: type = MimicTrainer,
+    **options: Any,
+) -> tf.Trainer:
+    """Train one pass with a learning rate of 0 (all steps see the same weights) unless given; return the trainer.
+
+    Args:
+        family: Of FAMILIES, a name of models.py, or "lora".
+        split: Of SPLITS.
+        folder: The output folder.
+        double: float64 in place of float32.
+        plain: The stock Trainer.
+        broken: Rows with a NaN.
+        shards: Of a stream of the rows; 0 for no stream.
+        scaler: Scale the loss as float16 training does.
+        trainer_class: In place of `MimicTrainer`.
+        **options: Of the training arguments.
+    """
     AcceleratorState._reset_state()
-    model, batch = make(family, dtype)
+    model, batch = make(family, torch.float64 if double else torch.float32, broken)
     _, size, steps = SPLITS[split]
     options = {
         **QUIET,
@@ -71,30 +110,32 @@ def train(family: str, split: str, folder: Any, *, dtype: torch.dtype = torch.fl
         "optim": "sgd",
         **options,
     }
+    rows: Any = Rows(batch, ids=not plain)
+    if shards:
+        columns = {name: column.numpy() for name, column in rows.batch.items()}
+        rows = datasets.Dataset.from_dict(columns).with_format("torch").to_iterable_dataset(num_shards=shards)
     if plain:
-        args = tf.TrainingArguments(str(folder), **options)
-        trainer = tf.Trainer(model, args, train_dataset=Rows(batch, ids=False))
+        trainer = tf.Trainer(model, tf.TrainingArguments(str(folder), **options), train_dataset=rows)
     else:
         args = MimicTrainingArguments(str(folder), **options)
-        trainer = MimicTrainer(model, args, train_dataset=Rows(batch), reference_model=models.moved(model))
+        trainer = trainer_class(model, args, train_dataset=rows, reference_model=models.moved(model))
+    if scaler:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.add_callback(Unscales(trainer.accelerator))
     trainer.add_callback(Gradients())
     trainer.train()
     return trainer
 
 
-def steps_of(trainer: tf.Trainer) -> list[dict[str, torch.Tensor]]:
+def steps_of(trainer: tf.Trainer) -> list[dict[str, Tensor | None]]:
     """Return the gradients of every optimizer step."""
     return gradients_of(trainer)
 
 
 def difference(gradients: dict, expected: dict) -> float:
     """Return |g - g'| / |g'| over all parameters; a missing gradient counts as 0."""
-    square, size = 0.0, 0.0
+    square, size, zero = 0.0, 0.0, torch.zeros(())
     for name, right in expected.items():
-        left = gradients[name]
-        zero = torch.zeros(())
-        square += float(
-            ((zero if left is None else left) - (zero if right is None else right)).double().square().sum()
-        )
-        size += 0.0 if right is None else float(right.double().square().sum())
+        right, left = (zero if g is None else g.double() for g in (right, gradients[name]))
+        square, size = square + float((left - right).square().sum()), size + float(right.square().sum())
     return (square / size) ** 0.5

@@ -4,6 +4,7 @@ A job is (name, function, arguments): the function of `jobs.py` to call; what it
 """
 
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -20,7 +21,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[2])
     state = PartialState(cpu=True)
     for name, function, arguments in torch.load(sys.argv[1], weights_only=True):
-        result = getattr(jobs, function)(folder / name, **arguments)
+        try:
+            result = getattr(jobs, function)(folder / name, **arguments)
+        except Exception:
+            result = {"failed": traceback.format_exc()}
         torch.save(result, folder / f"{name}-{state.process_index}.pt")
         state.wait_for_everyone()
     (folder / f"done-{state.process_index}").touch()

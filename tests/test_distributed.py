@@ -1,0 +1,245 @@
+"""Two processes (gloo, on the CPU): every split, loader and wrapper gives the gradient of one process.
+
+All jobs run in one launch of `torchrun`; see worker.py and jobs.py. `gloo` may abort a process that is done, so what
+counts is what the processes wrote.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from splits import FAMILIES, ROWS, difference, make, steps_of, train
+
+EXACT = {"double": True, "temperature": 0.3}
+MOVING = {"double": True, "optim": "adamw_torch", "learning_rate": 1e-2, "num_train_epochs": 3, "logging_steps": 1}
+LOADERS = {
+    "workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "dispatch": {"accelerator_config": {"dispatch_batches": True}},
+    "uneven": {"accelerator_config": {"even_batches": False}},
+}
+STREAMS = {
+    "one shard": {"shards": 1},
+    "four shards": {"shards": 4, "dataloader_num_workers": 2},
+    "each for itself": {"shards": 1, "accelerator_config": {"dispatch_batches": False}},
+}
+WRAPPERS = {
+    "checkpointing": {"activation_checkpointing": True},
+    "no unused": {"ddp_find_unused_parameters": False},
+    "all layers": {"mimic_layers": "all"},
+    "mimic layers": {"reweight": "mimic_layers"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "scaler": {"scaler": True, "max_grad_norm": 1e6},  # clipping unscales
+    "clipped": {"max_grad_norm": 1e-3},
+    "start": {"direction": "start"},
+}
+BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}
+
+
+def jobs_of_splits():
+    for family in FAMILIES:
+        for split in ("2p8", "2p4x2"):
+            yield f"{family} {split}", {"family": family, "split": split, **EXACT}
+        yield f"{family} stock", {"family": family, "split": "2p8", "plain": True}
+    for family in ("clip", "siglip", "lora"):
+        yield f"{family} 2p4x2", {"family": family, "split": "2p4x2", **EXACT}
+
+
+def jobs_of_options():
+    for name, options in {**LOADERS, **WRAPPERS}.items():
+        yield name, {"split": "2p4x2", **EXACT, **options}
+    for name, options in STREAMS.items():
+        yield name, {"split": "2p8", "max_steps": 2, **options}
+    for name, rows in BROKEN.items():
+        yield name, {"split": "2p8", "broken": rows, **EXACT}
+    # static_graph and accumulation do not go together: an internal assertion of torch 2.13
+    yield "static", {"split": "2p8", **EXACT, "ddp_static_graph": True}
+    yield "split", {"split": "16", **EXACT, "accelerator_config": {"split_batches": True}}
+    yield "device", {"split": "2p8", "weight_scope": "device", **EXACT}
+    yield "trajectory", {"split": "2p4x2", **MOVING}
+
+
+def jobs_of_shards():
+    for layers in ("head", "last_mlp", "last_block", "all"):
+        yield f"sharded {layers}", {"layers": layers, "accumulate": 1}
+    yield "sharded accumulated", {"layers": "last_block", "accumulate": 2}
+    yield "sharded broken", {"layers": "last_block", "accumulate": 1, "broken": [9]}
+    yield "sharded hopeless", {"layers": "head", "accumulate": 1, "broken": list(range(8))}
+
+
+def all_jobs():
+    yield from ((name, "step_gradients", options) for name, options in jobs_of_splits())
+    yield from ((name, "step_gradients", {"family": "vit", **options}) for name, options in jobs_of_options())
+    for split in ("2p8", "2p4x2"):
+        yield f"scaled {split}", "error_of", {"family": "vit", "split": split, "scale": 2.0}
+    yield from ((name, "sharded", options) for name, options in jobs_of_shards())
+
+
+def launch(jobs, folder, *, seconds=400):
+    """Run jobs in two processes; return (job, process) to what it returned."""
+    torch.save(jobs, folder / "jobs.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name("worker.py")), str(folder / "jobs.pt"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
+    if not all((folder / f"done-{rank}").exists() for rank in (0, 1)):
+        raise RuntimeError(
+            f"the processes did not finish ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+        )
+    return {(name, rank): torch.load(folder / f"{name}-{rank}.pt") for name, *_ in jobs for rank in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return launch(list(all_jobs()), tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return a function that gives the gradients of one process, made once for each setting."""
+    known = {}
+
+    def gradients(family, split="16", **options):
+        key = (family, split, *sorted((k, str(v)) for k, v in options.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("one")
+            known[key] = train(family, split, folder, **options)
+        return steps_of(known[key])
+
+    return gradients
+
+
+def assert_same(result, expected, tolerance=1e-9):
+    assert "failed" not in result, result["failed"]
+    found = [difference(g, e) for g, e in zip(result["gradients"], expected, strict=True)]
+    assert found == pytest.approx([0] * len(expected), abs=tolerance)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("split", ["2p8", "2p4x2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_split_has_the_gradient_of_one_batch(results, alone, family, split, rank):
+    """The second step has 6 rows of 22: padded with repeated ones, which count once."""
+    result = results[f"{family} {split}", rank]
+    assert_same(result, alone(family, **EXACT))
+    assert sorted(result["rows"]["sample_id"]) == list(range(100, 100 + ROWS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_trainer_fails_this(results, alone, family):
+    stock, expected = results[f"{family} stock", 0]["gradients"], alone(family, plain=True)
+    if family != "vit":  # twice the gradient on two processes
+        assert difference(stock[0], expected[0]) == pytest.approx(1, rel=1e-3)
+    assert difference(stock[1], expected[1]) > 0.1  # repeated rows count twice
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_contrastive_micro_batches_are_the_same_on_two_processes(results, alone, family):
+    """2 processes x 2 x 4 pairs have the micro-batches of 4 x 4 pairs."""
+    whole = alone(family, "4x4", **EXACT)[0]
+    assert difference(results[f"{family} 2p4x2", 0]["gradients"][0], whole) < 1e-9
+
+
+def test_adapters(results, alone):
+    assert_same(results["lora 2p4x2", 0], alone("lora", **EXACT))
+
+
+@pytest.mark.parametrize("name", [*LOADERS, "split"])
+def test_every_loader(results, alone, name):
+    assert_same(results[name, 0], alone("vit", **EXACT))
+    assert sorted(results[name, 0]["rows"]["sample_id"]) == list(range(100, 100 + ROWS))
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_every_wrapper(results, alone, name):
+    options = {
+        k: v for k, v in WRAPPERS[name].items() if k in ("mimic_layers", "reweight", "max_grad_norm", "direction")
+    }
+    assert_same(results[name, 0], alone("vit", **EXACT, **options))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_stream(results, alone, name):
+    rows = results[name, 0]["rows"]
+    assert sorted(rows["sample_id"]) == list(range(100, 100 + ROWS))
+    if name != "four shards":  # workers interleave shards
+        assert_same(results[name, 0], alone("vit", max_steps=2), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_samples_on_one_process(results, alone, name):
+    broken = BROKEN[name]
+    assert_same(results[name, 1], alone("vit", broken=broken, **EXACT))
+    rows = results[name, 0]["rows"]
+    scored = {i for i, score in zip(rows["sample_id"], rows["mimic_score"], strict=True) if score is not None}
+    assert scored == set(range(100, 100 + ROWS)) - {100 + row for row in broken}
+    assert results[name, 0]["log"][-1]["train_loss"] > 0
+
+
+def test_device_scope_averages_over_processes(results, alone):
+    expected = alone("vit", "16", weight_scope="device", **EXACT)
+    assert difference(results["device", 0]["gradients"][0], expected[0]) > 1e-2  # not one softmax over 16
+    assert results["device", 0]["gradients"][0].keys() == expected[0].keys()
+    assert difference(results["device", 0]["gradients"][0], results["device", 1]["gradients"][0]) == 0
+
+
+def test_three_epochs_end_with_the_same_weights_and_logs(results, alone, tmp_path):
+    options = {
+        "double": True,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "num_train_epochs": 3,
+        "logging_steps": 1,
+    }
+    expected = train("vit", "16", tmp_path, **options)
+    for name, weight in expected.model.state_dict().items():
+        torch.testing.assert_close(results["trajectory", 1]["weights"][name], weight, rtol=1e-7, atol=1e-9)
+    for ours, theirs in zip(results["trajectory", 0]["log"][:-1], expected.state.log_history[:-1], strict=True):
+        assert ours | {"epoch": 0} == pytest.approx(theirs | {"epoch": 0}, rel=1e-6)
+
+
+def test_scores_and_weights_of_two_processes(results, tmp_path):
+    ours, theirs = results["vit 2p4x2", 0]["rows"], train("vit", "16", tmp_path, **EXACT).scores.to_arrow().to_pydict()
+    for name in ("sample_id", "step", "epoch", "loss", "mimic_score", "relative_weight"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert results["vit 2p4x2", 1]["rows"] == ours
+
+
+@pytest.mark.parametrize("split", ["2p8", "2p4x2"])
+def test_the_self_check_sees_both_processes(results, split):
+    for rank in (0, 1):
+        assert "GradientMismatchError: <gradient, v> must equal" in results[f"scaled {split}", rank]["error"]
+        assert "The gradient is 2 times too large" in results[f"scaled {split}", rank]["error"]
+
+
+# ---- FSDP2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["head", "last_mlp", "last_block", "all", "accumulated"])
+def test_sharded_parameters(results, tmp_path, name):
+    layers = "last_block" if name == "accumulated" else name
+    result, expected = results[f"sharded {name}", 0], train("vit", "16", tmp_path, mimic_layers=layers)
+    assert result["units"] > 1
+    assert_same(result, steps_of(expected), tolerance=1e-5)
+    rows = expected.scores.to_arrow().to_pydict()
+    assert result["rows"]["sample_id"] == rows["sample_id"]
+    assert result["rows"]["mimic_score"] == pytest.approx(rows["mimic_score"], rel=1e-5, abs=1e-6)
+
+
+def test_a_broken_sample_of_a_sharded_model(results, tmp_path):
+    expected = train("vit", "16", tmp_path, mimic_layers="last_block", broken=[9])
+    assert_same(results["sharded broken", 0], steps_of(expected), tolerance=1e-5)
+
+
+def test_a_sharded_batch_without_a_finite_sample(results):
+    for rank in (0, 1):
+        message = "every process must have samples with finite losses when parameters are sharded"
+        assert message in results["sharded hopeless", rank]["error"]
+
+
+def test_the_comparison_can_fail(alone):
+    whole, other = alone("vit", **EXACT), alone("vit", **EXACT, mimic_layers="all")
+    assert difference(other[0], whole[0]) > 1e-2
+    assert make("vit", torch.float64)[0].dtype == torch.float64
