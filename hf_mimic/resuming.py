@@ -84,44 +84,41 @@ class ResumingTrainer(Trainer):
     def _split(self) -> dict[str, int]:
         return {
             "processes": self.args.world_size,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "batch_size": self._train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
         }
 
     @property
-    def _restarts_epoch(self) -> bool:
-        return bool(self._saved) and self._saved["split"] != self._split()
-
-    @property
-    def _dispatches_rows(self) -> bool:
+    def _restart_reason(self) -> str | None:
+        """Why the epoch of the checkpoint must start over, if it must."""
+        if not self._saved:
+            return None
+        if self._saved["split"] != self._split():
+            return f"the checkpoint was made with {self._saved['split']}, the run goes on with {self._split()}"
         config = self.accelerator.dataloader_config
-        several = self.args.world_size > 1 and not config.split_batches
-        return bool(config.dispatch_batches) and several and has_length(self.train_dataset)
+        skips_too_few = config.dispatch_batches and not config.split_batches and self.args.world_size > 1
+        if skips_too_few and self._saved["batches_in_pass"] and has_length(self.train_dataset):
+            return "with dispatch_batches=True accelerate skips the batches of one process only"
+        return None
 
     # ---- where the run was -----------------------------------------------------------------------------------------
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
-        """Return the Trainer's numbers; if steps have another size now, the steps of what is left to do."""
+        """Return the Trainer's numbers; if an epoch starts over, with the steps that are left to do."""
         values = super().set_initial_training_values(args, dataloader)
-        if not self._restarts_epoch or args.max_steps > 0:
+        if self._restart_reason is None or args.max_steps > 0:
             return values
         left = max(args.num_train_epochs - int(self._saved["epoch"]), 0)
         return (*values[:-1], self._saved["step"] + math.ceil(left * values[1]))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         trained, skipped = super()._init_training_state(*args, **kwargs)
-        if self._restarts_epoch:
-            warnings.warn(
-                f"the checkpoint was made with {self._saved['split']}, the run goes on with {self._split()}: batches "
-                f"cannot be the same, so epoch {int(self._saved['epoch'])} starts over; scores so far are kept.",
-            )
+        if self._restart_reason is not None:
             trained, skipped = int(self._saved["epoch"]), 0
-        elif skipped and self._dispatches_rows:
             warnings.warn(
-                "with dispatch_batches=True accelerate cannot skip the batches that were trained on already "
-                f"(it skips one process's), so epoch {trained} starts over; scores so far are kept.",
+                f"{self._restart_reason}: batches cannot be the same, so epoch {trained} starts over; scores so far are "
+                "kept."
             )
-            skipped = 0
         elif self._saved and not has_length(self.train_dataset):
             trained, skipped = self._saved["pass"], self._saved["batches_in_pass"]
         self._pass, self._skipped = trained - 1, skipped

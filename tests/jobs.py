@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import splits
 import torch
 from accelerate import PartialState
 from splits import steps_of
+from test_resuming import Killed, other, trainer_of
 from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 
@@ -74,3 +80,41 @@ def sharded(
         return {"error": str(error)}
     units_found = sum(isinstance(module, FSDPModule) for module in model.modules())
     return {"gradients": steps_of(trainer), "rows": trainer.scores.to_arrow().to_pydict(), "units": units_found}
+
+
+def resumed(folder: Path, *, kill: int, **options: Any) -> dict[str, Any]:
+    """Train without interruption; then be killed before a step, and resume; return both runs' weights and rows."""
+    whole = trainer_of(folder / "whole", **options)
+    whole.train()
+    killed = trainer_of(folder / "killed", kill=kill, **options)
+    try:
+        killed.train()
+    except Killed:
+        pass
+    if PartialState().is_main_process:
+        shutil.copytree(folder / "killed", folder / "left")
+    PartialState().wait_for_everyone()
+    again = trainer_of(folder / "killed", model=other(hidden_dropout_prob=0.1), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=True)
+    runs = {"whole": whole, "resumed": again}
+    found = {name: (run.model.state_dict(), run.scores.to_arrow().to_pydict()) for name, run in runs.items()}
+    return {**found, "warnings": [str(warning.message) for warning in caught]}
+
+
+def loses_a_process(folder: Path, *, how: str) -> dict[str, Any]:
+    """Train with a second process that dies, or sleeps, before the third step."""
+
+    class Loses(splits.Gradients):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and args.process_index == 1:
+                (folder.parent / "lost").touch()
+                os.kill(os.getpid(), signal.SIGKILL) if how == "dies" else time.sleep(120)
+
+    class Trainer(splits.MimicTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, callbacks=[Loses()])
+
+    splits.train("vit", "2p8", folder, trainer_class=Trainer, num_train_epochs=4, ddp_timeout=5)
+    return {}

@@ -5,13 +5,16 @@ counts is what the processes wrote.
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from splits import FAMILIES, ROWS, difference, make, steps_of, train
+from test_resuming import trainer_of
 
 EXACT = {"double": True, "temperature": 0.3}
 MOVING = {"double": True, "optim": "adamw_torch", "learning_rate": 1e-2, "num_train_epochs": 3, "logging_steps": 1}
@@ -75,6 +78,12 @@ def all_jobs():
     for split in ("2p8", "2p4x2"):
         yield f"scaled {split}", "error_of", {"family": "vit", "split": split, "scale": 2.0}
     yield from ((name, "sharded", options) for name, options in jobs_of_shards())
+    for kill in (3, 5, 8):  # three steps an epoch of 22 rows
+        yield f"resumed {kill}", "resumed", {"kill": kill, "save_steps": 1}
+    yield "resumed accumulated", "resumed", {"kill": 3, "save_steps": 1, "gradient_accumulation_steps": 2}
+    yield "resumed stream", "resumed", {"kill": 5, "save_steps": 2, "stream": 2, "max_steps": 8}
+    dispatch = {"accelerator_config": {"dispatch_batches": True}}
+    yield "resumed dispatch", "resumed", {"kill": 5, "save_steps": 1, **dispatch}
 
 
 def launch(jobs, folder, *, seconds=400):
@@ -92,8 +101,13 @@ def launch(jobs, folder, *, seconds=400):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return launch(list(all_jobs()), tmp_path_factory.mktemp("two"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return launch(list(all_jobs()), folder)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +226,65 @@ def test_the_self_check_sees_both_processes(results, split):
     for rank in (0, 1):
         assert "GradientMismatchError: <gradient, v> must equal" in results[f"scaled {split}", rank]["error"]
         assert "The gradient is 2 times too large" in results[f"scaled {split}", rank]["error"]
+
+
+# ---- resuming, and processes that are lost -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["3", "5", "8", "accumulated", "stream"])
+def test_two_processes_resume_exactly(results, name):
+    for rank in (0, 1):
+        result = results[f"resumed {name}", rank]
+        assert "failed" not in result, result["failed"]
+        (weights, rows), (expected, expected_rows) = result["resumed"], result["whole"]
+        assert rows == expected_rows
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+        assert not [text for text in result["warnings"] if "starts over" in text]
+
+
+def test_dispatched_batches_restart_the_epoch(results):
+    result = results["resumed dispatch", 0]
+    assert [text for text in result["warnings"] if "epoch 1 starts over" in text]
+    assert len(result["resumed"][1]["step"]) == len(result["whole"][1]["step"]) + 16
+
+
+def test_one_process_goes_on_where_two_were(results, folder):
+    """Killed at step 5 of 9, in the second epoch; alone an epoch has six steps."""
+    trainer = trainer_of(folder / "resumed 5" / "left", save_steps=1)
+    with pytest.warns(
+        UserWarning, match=r"made with {'processes': 2, .* goes on with {'processes': 1, .*epoch 1 starts"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    rows = trainer.scores.to_arrow().to_pydict()
+    assert trainer.state.global_step == 5 + 2 * 6
+    assert rows["sample_id"][:ROWS] == results["resumed 5", 0]["whole"][1]["sample_id"][:ROWS]
+    assert len(rows["step"]) == ROWS + 16 + 2 * ROWS
+
+
+@pytest.mark.parametrize(("how", "seconds"), [("dies", 5), ("sleeps", 15)])
+def test_the_others_end_when_a_process_is_lost(tmp_path, how, seconds):
+    """`ddp_timeout` is 5 seconds: the survivor ends with an error and does not wait for ever."""
+    torch.save([("lost", "loses_a_process", {"how": how})], tmp_path / "jobs.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(tmp_path / "jobs.pt"), str(tmp_path)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **address, "RANK": str(r), "LOCAL_RANK": str(r)}, **options)
+        for r in (0, 1)
+    ]
+    try:
+        while not (tmp_path / "lost").exists() and ranks[0].poll() is None:
+            time.sleep(0.05)
+        output, _ = ranks[0].communicate(timeout=seconds)
+        assert ranks[0].returncode != 0
+        assert "Connection" in output or "timeout" in output or "Timed out" in output
+        assert (ranks[1].wait() == -9) if how == "dies" else (ranks[1].poll() is None)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
