@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import sharded_scores
 import splits
 import torch
 from accelerate import PartialState
@@ -28,6 +29,11 @@ def step_gradients(folder: Path, *, family: str, split: str, **options: Any) -> 
     rows = {} if options.get("plain") else trainer.scores.to_arrow().to_pydict()
     weights = dict(trainer.model.state_dict())
     return {"gradients": steps_of(trainer), "weights": weights, "rows": rows, "log": trainer.state.log_history}
+
+
+def sharded_scores_of(folder: Path, **options: Any) -> dict[str, Any]:
+    """Return what sharded_scores.py finds."""
+    return sharded_scores.compare(folder, **options)
 
 
 def error_of(folder: Path, *, family: str, split: str, scale: float, **options: Any) -> dict[str, Any]:

@@ -38,6 +38,11 @@ WRAPPERS = {
     "clipped": {"max_grad_norm": 1e-3},
     "start": {"direction": "start"},
 }
+SHARDINGS = [  # whether blocks are units, whether they are resharded after forward, whose checkpointing
+    *((blocks, reshard, "none") for blocks in (False, True) for reshard in (False, True)),
+    (True, True, "transformers"),
+    (True, True, "accelerate"),
+]
 BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}
 
 
@@ -72,8 +77,19 @@ def jobs_of_shards():
     yield "sharded hopeless", {"layers": "head", "accumulate": 1, "broken": list(range(8))}
 
 
+def jobs_of_sharded_scores():
+    for layers in ("head", "last_mlp", "last_block", "all"):
+        for blocks, reshard, checkpoint in SHARDINGS:
+            yield {"family": "vit", "layers": layers, "blocks": blocks, "reshard": reshard, "checkpoint": checkpoint}
+    kind = {"blocks": True, "reshard": True, "checkpoint": "none", "layers": "all"}
+    yield from ({"family": family, **kind} for family in ("dinov2", "resnet"))
+    yield {"family": "vit", **kind, "low": True}
+
+
 def all_jobs():
-    yield from ((name, "step_gradients", options) for name, options in jobs_of_splits())
+    yield from ((name, "step_gradients", options) for name, options in jobs_of_splits())  # starts the process group
+    for options in jobs_of_sharded_scores():
+        yield " ".join(map(str, options.values())), "sharded_scores_of", options
     yield from ((name, "step_gradients", {"family": "vit", **options}) for name, options in jobs_of_options())
     for split in ("2p8", "2p4x2"):
         yield f"scaled {split}", "error_of", {"family": "vit", "split": split, "scale": 2.0}
@@ -288,6 +304,20 @@ def test_the_others_end_when_a_process_is_lost(tmp_path, how, seconds):
 
 
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", list(jobs_of_sharded_scores()), ids=lambda options: " ".join(map(str, options.values()))
+)
+def test_scores_of_sharded_models(results, options):
+    for rank in (0, 1):
+        result = results[" ".join(map(str, options.values())), rank]
+        assert "failed" not in result, result["failed"]
+        assert result["scores"] < (0.05 if options.get("low") else 1e-5)
+        assert result["norm"] < 1e-5
+        assert result["same"]
+        assert result["clean"]
+    assert max(results[" ".join(map(str, options.values())), rank]["control"] for rank in (0, 1)) > 0.1
 
 
 @pytest.mark.parametrize("name", ["head", "last_mlp", "last_block", "all", "accumulated"])

@@ -271,3 +271,19 @@ def test_nested_passes_do_not_mix():
         return losses.cross_entropy(outputs, batch)
 
     assert torch.equal(mimic_scores(model, batch, direction, loss_fn), expected)
+
+
+def test_hooks_on_the_output_of_a_checkpointed_block_run():
+    """A hook that a wrapper (FSDP) puts on an activation belongs to the node that backward passes through."""
+    model, batch, ran = models.make("vit").train(), models.make_batch("vit"), []
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.vit.layers[0].register_forward_hook(
+        lambda module, args, out: out.register_hook(lambda g: ran.append(1)) and None
+    )
+    losses.cross_entropy(model(batch["pixel_values"]), batch).mean().backward()
+    plain = len(ran)
+    direction = reference_direction(model, models.moved(model), "all")
+    mimic_forward(model, batch, direction, losses.cross_entropy).losses.mean().backward()
+    assert plain >= 1
+    assert len(ran) == 2 * plain
