@@ -238,3 +238,20 @@ def test_training_that_has_diverged_ends_with_an_error(tmp_path):
     with pytest.raises(FloatingPointError, match="none for 10 optimizer steps in a row: training has diverged"):
         train("vit", "16", tmp_path, broken=range(ROWS), num_train_epochs=6)
     train("vit", "16", tmp_path / "few", broken=range(ROWS), num_train_epochs=4)
+
+
+# ---- compiled code -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_scored_eagerly(backend, tmp_path):
+    options = {"mimic_layers": "all", "self_check_steps": 1}
+    expected = train("vit", "16", tmp_path / "eager", **options)
+    options |= {"torch_compile": True, "torch_compile_backend": backend}
+    found = train("vit", "4x4", tmp_path / "compiled", **options)
+    assert found.engine.compiled
+    assert [difference(g, e) for g, e in zip(steps_of(found), steps_of(expected), strict=True)] == pytest.approx(
+        [0, 0], abs=1e-5
+    )
+    rows, same = (trainer.scores.to_arrow().to_pydict() for trainer in (found, expected))
+    assert rows["mimic_score"] == pytest.approx(same["mimic_score"], rel=1e-4, abs=1e-6)

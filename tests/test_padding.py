@@ -1,0 +1,116 @@
+"""Which rows of an epoch's last batches are repeated: by the sampler's length, the dispatcher's count, or their ids."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from hf_mimic.padding import EpochEnd
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+def accelerator(rank=0, processes=2, loader=None, gathered=None):
+    state = SimpleNamespace(active_dataloader=loader)
+    return SimpleNamespace(
+        process_index=rank,
+        num_processes=processes,
+        split_batches=False,
+        device=torch.device("cpu"),
+        gradient_state=state,
+        gather=lambda ids: torch.cat(gathered.pop(0)),
+    )
+
+
+def loader(rows=10, batch=4, *, ended=True, drop_last=False, remainder=-1, dataset=None):
+    sampler = SequentialSampler(range(rows))
+    return SimpleNamespace(
+        dataset=range(rows) if dataset is None else dataset,
+        batch_sampler=BatchSampler(sampler, batch, drop_last),
+        get_sampler=lambda: sampler,
+        _drop_last=drop_last,
+        end_of_dataloader=ended,
+        remainder=remainder,
+    )
+
+
+def kept(rank, size=4, *, rows=10, last=True, **options):
+    source = loader(rows, **options)
+    end = EpochEnd(accelerator(rank, loader=source))
+    end.prepared(source)
+    end.fetched([{}])
+    mask = end.kept(size, None, last=last)
+    return None if mask is None else mask.tolist()
+
+
+def test_rows_left_over_come_first():
+    """10 rows, 2 x 4 a step: two are left over."""
+    assert kept(0) == [True, True, False, False]
+    assert kept(1) == [False] * 4
+    assert kept(0, rows=13) == [True] * 4
+    assert kept(1, rows=13) == [True, False, False, False]
+
+
+@pytest.mark.parametrize("options", [{"rows": 16}, {"last": False}, {"ended": False}, {"drop_last": True}])
+def test_nothing_is_repeated(options):
+    assert kept(0, **options) is None
+
+
+def test_one_process_repeats_nothing():
+    end = EpochEnd(accelerator(processes=1))
+    end.fetched([{}])
+    assert end.kept(4, None, last=True) is None
+
+
+def test_a_dispatching_loader_counts_what_it_read():
+    """The last 5 rows were handed out as 3 and 2 and one repeated."""
+    source = loader(dataset=Stream(), remainder=5)
+    end = EpochEnd(accelerator(1, loader=source))
+    end.prepared(source)
+    end.fetched([{}])
+    assert end.kept(3, None, last=True).tolist() == [True, True, False]
+
+
+def test_a_loader_that_ended_while_a_step_was_collected():
+    """A stream's pass that ends in the middle of an accumulated step: the loader is no longer active."""
+    source = loader(dataset=Stream(), remainder=5, ended=False)
+    parts = accelerator(1, loader=source)
+    end = EpochEnd(parts)
+    end.prepared(source)
+    end.fetched([{}, {}])
+    assert end.kept(3, None, last=True) is None
+    parts.gradient_state.active_dataloader = None
+    end.fetched([{}])
+    assert end.kept(3, None, last=True).tolist() == [True, True, False]
+
+
+def test_a_stream_that_each_process_reads_is_compared_by_id():
+    shard = DataLoader(IterableDatasetShard(Stream(), batch_size=4, num_processes=2))
+    first, last = (
+        [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])],
+        [torch.tensor([8, 9, 0, 1]), torch.arange(2, 6)],
+    )
+    for rank, expected in ((0, [True, True, False, False]), (1, [False] * 4)):
+        source = SimpleNamespace(dataset=shard.dataset, batch_sampler=None, end_of_dataloader=False, remainder=-1)
+        parts = accelerator(rank, loader=source, gathered=[last, first])
+        end = EpochEnd(parts)
+        end.prepared(source)
+        end.fetched([{}])
+        assert end.kept(4, first[rank], last=True) is None
+        source.end_of_dataloader = True
+        end.fetched([{}])
+        assert end.kept(4, last[rank], last=True).tolist() == expected
+
+
+def test_a_sampler_without_a_length():
+    source = loader(ended=True, remainder=0)
+    source.get_sampler = object
+    end = EpochEnd(accelerator(loader=source))
+    end.prepared(source)
+    end.fetched([{}])
+    assert end.kept(4, None, last=True) is None
