@@ -139,7 +139,7 @@ class Engine:
 
 
 @torch.no_grad()
-def rescale(parameters: Iterable[Tensor], factor: Tensor | None) -> None:
+def rescale(parameters: Iterable[Tensor], factor: Tensor | float | None) -> None:
     """Multiply the gradients accumulated so far; of a sharded parameter, this process's part."""
     if factor is None:
         return

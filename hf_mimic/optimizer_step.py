@@ -21,6 +21,7 @@ class Visit:
     `losses`, `scores` and `logits` (the log-weights) have one value per scored sample (b,), without graph.
     """
 
+    epoch: int
     ids: Tensor | None
     kept: Tensor
     valid: Tensor
@@ -55,37 +56,39 @@ class OptimizerStep:
     def __init__(self, scope: str, processes: int, *, weighted: bool = True) -> None:
         self.scope, self.weighted = scope, weighted
         self._softmax = OnlineSoftmax(processes)
-        self._visits: list[tuple[Visit, OnlineSoftmax, float]] = []
+        self._visits: list[tuple[Visit, OnlineSoftmax]] = []
+        self._expected = 0  # micro-batches
 
-    def add(self, visit: Visit, *, micro_batches: int, gather: Gather | None) -> tuple[Tensor, Tensor | None]:
+    def add(self, visit: Visit, *, left: int, gather: Gather | None) -> tuple[Tensor, Tensor | float | None]:
         """Return the weights (b,) of a micro-batch, and the factor for the gradient accumulated before it, if any.
 
         Args:
             visit: The micro-batch.
-            micro_batches: How many the step has.
+            left: How many micro-batches of the step are left, this one included, as far as is known: a stream that
+                ends in the middle of a step goes on with a whole step's worth.
             gather: See `OnlineSoftmax.add`.
         """
         logits = visit.logits if self.weighted else torch.zeros_like(visit.logits)
-        if self.scope == "device":
-            softmax, share = OnlineSoftmax(), 1 / micro_batches
-            weights, factor = softmax.add(logits, visit.losses, visit.scores, gather=alone)
-            weights = weights * share
-        else:
-            softmax, share = self._softmax, 1.0
-            weights, factor = softmax.add(logits, visit.losses, visit.scores, gather=gather)
-        self._visits.append((visit, softmax, share))
-        return weights, factor
+        factor: Tensor | float | None
+        if self.scope == "global":
+            weights, factor = self._softmax.add(logits, visit.losses, visit.scores, gather=gather)
+            self._visits.append((visit, self._softmax))
+            return weights, factor
+        softmax, before, self._expected = OnlineSoftmax(), self._expected, len(self._visits) + left
+        weights, _ = softmax.add(logits, visit.losses, visit.scores, gather=alone)
+        self._visits.append((visit, softmax))
+        return weights / self._expected, before / self._expected if before not in (0, self._expected) else None
 
-    def visits(self) -> Iterator[tuple[Tensor | None, dict[str, Tensor]]]:
-        """Yield the ids and columns of every micro-batch of this process."""
-        for visit, softmax, _ in self._visits:
-            yield (None if visit.ids is None else visit.ids[visit.kept]), visit.values(softmax)
+    def visits(self) -> Iterator[tuple[int, Tensor | None, dict[str, Tensor]]]:
+        """Yield the epoch, ids and columns of every micro-batch of this process."""
+        for visit, softmax in self._visits:
+            yield visit.epoch, (None if visit.ids is None else visit.ids[visit.kept]), visit.values(softmax)
 
     def groups(self) -> list[tuple[StepSums, float]]:
         """Return the sums of every group of weights that this process knows, and the group's share of the loss."""
         if self.scope == "global":
             return [(self._softmax.sums, 1.0)]
-        return [(softmax.sums, share) for _, softmax, share in self._visits]
+        return [(softmax.sums, 1 / self._expected) for _, softmax in self._visits]
 
 
 def alone(row: Tensor) -> Tensor:

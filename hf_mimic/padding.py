@@ -39,7 +39,11 @@ class EpochEnd:
     def prepared(self, loader: Any) -> None:
         """Take note of the training loader, before a resumed run skips a part of it."""
         self._left_over = self._first_ids = None
-        if isinstance(loader.dataset, IterableDataset) or not getattr(loader.batch_sampler, "batch_size", None):
+        batches = loader.batch_sampler
+        if isinstance(loader.dataset, IterableDataset) or not getattr(batches, "batch_size", None):
+            return
+        if getattr(batches, "num_processes", self.accelerator.num_processes) != self.accelerator.num_processes:
+            self._left_over = 0  # batches that the Trainer balances over processes itself
             return
         try:
             rows = len(loader.get_sampler())

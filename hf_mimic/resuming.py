@@ -119,7 +119,7 @@ class ResumingTrainer(Trainer):
                 f"{self._restart_reason}: batches cannot be the same, so epoch {trained} starts over; scores so far are "
                 "kept."
             )
-        elif self._saved and not has_length(self.train_dataset):
+        elif self._saved and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
             trained, skipped = self._saved["pass"], self._saved["batches_in_pass"]
         self._pass, self._skipped = trained - 1, skipped
         return trained, skipped

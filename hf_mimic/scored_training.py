@@ -66,15 +66,13 @@ class ScoredTraining:
         """
         if self._needs_temperature():
             self._measure(self._micro_batches or [batch])
+        left = max(len(self._micro_batches) - self._taken, 1)
         self._taken += 1
         forward, first, valid = self._forward(model, batch)
         visit, losses = self._visit(ids, forward or first, valid)
         self._norm, self._barren = first.norm, self._barren and forward is None
         self._nonfinite = self._nonfinite + (~valid).sum()
-        options: dict[str, Any] = {
-            "micro_batches": max(len(self._micro_batches), 1),
-            "gather": self.engine.gather if self.engine.averages(model) else None,
-        }
+        options: dict[str, Any] = {"left": left, "gather": self.engine.gather if self.engine.averages(model) else None}
         weights, factor = self._step.add(visit, **options)
         if self._plain_step is None:
             rescale(self.engine.parameters, factor)
@@ -146,7 +144,8 @@ class ScoredTraining:
         everything = torch.ones_like(valid) if kept is None else kept
         plain = losses.detach().to(scores.dtype)
         logits = self._logits(BatchSignals(plain, scores))
-        return Visit(ids, everything, valid & everything, plain, scores, logits), losses
+        epoch = self.trainer.current_pass
+        return Visit(epoch, ids, everything, valid & everything, plain, scores, logits), losses
 
     def _logits(self, signals: BatchSignals) -> Tensor:
         tau: Any = self.args.tau
@@ -157,9 +156,7 @@ class ScoredTraining:
                 tau = 1.0 if self.temperature.variance is None else self.temperature.value
         return STRATEGIES[self.args.strategy](signals, temperature=1.0 if isinstance(tau, str) else tau)
 
-    def _split_loss(
-        self, losses: Tensor, weights: Tensor, factor: Tensor | None, plain: Tensor, plain_factor: Tensor | None
-    ) -> Tensor:
+    def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
         weights, plain = weights.to(losses.dtype), plain.to(losses.dtype)
         chosen = {id(p): p for p in self.trainer.direction.parameters.values()}
@@ -209,11 +206,10 @@ class ScoredTraining:
             check_gradient(product, expected[0], expected[1], norm=float(self._norm), low_precision=low)
 
     def _record(self) -> None:
-        for ids, values in self._step.visits():
+        for epoch, ids, values in self._step.visits():
             if ids is None:
                 raise ValueError(
                     f"every example must have an integer `{self.args.sample_id_column}` to record scores by, got none. "
                     "Let the data set's items have it, or train with record_scores=False."
                 )
-            step = self.trainer.state.global_step
-            self.trainer.scores.record(ids, epoch=self.trainer.current_pass, step=step, **values)
+            self.trainer.scores.record(ids, epoch=epoch, step=self.trainer.state.global_step, **values)

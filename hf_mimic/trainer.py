@@ -87,7 +87,7 @@ class MimicTrainer(ResumingTrainer):
                 "`compute_loss_func` must be None: pass a per-sample `loss_fn`, (outputs, batch) -> (B,)."
             )
         if isinstance(train_dataset, datasets.Dataset):
-            read_sample_ids(train_dataset, args.sample_id_column)
+            _ids_of(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         check_engine(self, reweight=args.reweight)
         self.engine, self.epoch_end = Engine(self), EpochEnd(self.accelerator)
@@ -159,7 +159,7 @@ class MimicTrainer(ResumingTrainer):
         """Keep the id, and the columns that a transform needs; name the row of an image that does not decode."""
         if isinstance(dataset, datasets.Dataset):
             column = self.args.sample_id_column
-            ids = read_sample_ids(dataset, column) if kwargs.get("is_training") else None
+            ids = _ids_of(dataset, self.args) if kwargs.get("is_training") else None
             if dataset.format["type"] != "custom":
                 dataset = self._remove_unused_columns(dataset, description)
             dataset = SampleIdDataset(dataset, ids, column)
@@ -256,6 +256,12 @@ class MimicTrainer(ResumingTrainer):
                 stacklevel=3,
             )
         return direction
+
+
+def _ids_of(dataset: datasets.Dataset, args: MimicTrainingArguments) -> Any:
+    """Return the ids (N,); None if there are none and none are needed."""
+    needed = args.record_scores or args.sample_id_column in dataset.column_names
+    return read_sample_ids(dataset, args.sample_id_column) if needed else None
 
 
 class _ScoreCallback(TrainerCallback):

@@ -100,6 +100,21 @@ def test_device_scope_is_the_mean_of_the_micro_batches(tmp_path):
     assert difference(wide, expected) > 1e-2
 
 
+@pytest.mark.parametrize("scope", ["global", "device"])
+def test_a_step_that_begins_in_one_pass_of_a_stream_and_ends_in_the_next(scope, tmp_path):
+    """Six micro-batches a pass, four a step: the last two of a pass wait for four of the next, as in the Trainer."""
+    options = {"temperature": 0.3, "shards": 1, "max_steps": 2, "weight_scope": scope, "self_check_steps": 1}
+    trainer = train("vit", "4x4", tmp_path, **options)
+    parts = [[16, 17, 18, 19], [20, 21], *([*range(i, i + 4)] for i in range(0, 16, 4))]
+    groups = [[row for part in parts for row in part]] if scope == "global" else parts
+    each = by_hand("vit", temperature=0.3, groups=groups)
+    expected = {n: sum(g[n] for g in each) / len(each) for n in each[0] if each[0][n] is not None}
+    assert difference(steps_of(trainer)[1], expected) < 1e-5
+    rows = trainer.scores.to_arrow().to_pydict()
+    assert rows["epoch"] == [0] * 16 + [1] * 16 + [0] * 6
+    assert rows["step"] == [0] * 16 + [1] * 22
+
+
 @pytest.mark.parametrize("layers", ["head", "all"])
 def test_reweighting_only_the_mimic_layers_of_every_split(layers, tmp_path):
     options = {"double": True, "reweight": "mimic_layers", "mimic_layers": layers}

@@ -618,6 +618,15 @@ def test_uniform_weights_are_recorded_as_one(vit, tmp_path):
     assert np.ptp(column(trainer, "mimic_score")) > 0
 
 
+def test_without_records_no_ids_are_needed(vit, tmp_path):
+    model, _, rows = vit
+    trainer = fit(
+        model, tmp_path, rows=rows.remove_columns("sample_id"), record_scores=False, num_train_epochs=1, **SGD
+    )
+    same = fit(model, tmp_path / "recorded", rows=rows, num_train_epochs=1, **SGD)
+    assert same_weights(trainer.model, same.model)
+
+
 def test_recording_can_be_switched_off(vit, tmp_path):
     model, _, rows = vit
     off = fit(model, tmp_path, rows=rows, num_train_epochs=1, record_scores=False, **SGD)
