@@ -93,13 +93,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv[:1] or ["--help"])
     options = parse(argv[0], argv[1:])
     try:
-        print(COMMANDS[argv[0]][0](*options))
+        told = COMMANDS[argv[0]][0](*options)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"hf-mimic {argv[0]}: {_told(error)}", file=sys.stderr)
         return 1
-    except (RuntimeError, IndexError, KeyError) as error:  # from a library: its kind says as much as its message
+    except (
+        RuntimeError,
+        ArithmeticError,
+        IndexError,
+        KeyError,
+    ) as error:  # from a library: its kind says as much as its message
         print(f"hf-mimic {argv[0]}: {type(error).__name__}: {_told(error)}", file=sys.stderr)
         return 1
+    if told:  # one of several processes tells it for all
+        print(told)
     return 0
 
 

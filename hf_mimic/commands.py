@@ -62,6 +62,8 @@ def train(options: DataArguments, args: Any) -> str:
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
     if evaluation is not None:
         lines["accuracy"] = f"{trainer.evaluate()['eval_accuracy']:.4f}"
+    if not trainer.is_world_process_zero():
+        return ""
     return _table(lines) + f"\n\nnext: hf-mimic filter --dataset {options.dataset} --scores {args.scores_dir}"
 
 
