@@ -33,12 +33,13 @@ class EpochEnd:
         self.accelerator = accelerator
         self._left_over: int | None = None  # in the last batch of all processes; 0 if it is full
         self._loader: Any = None
-        self._ended = False
+        self._ended = True  # before the first pass as after every other
+        self._single = False  # whether the pass has one batch only
         self._first_ids: Tensor | None = None
 
     def prepared(self, loader: Any) -> None:
         """Take note of the training loader, before a resumed run skips a part of it."""
-        self._left_over = self._first_ids = None
+        self._left_over, self._first_ids, self._ended = None, None, True
         batches = loader.batch_sampler
         if isinstance(loader.dataset, IterableDataset) or not getattr(batches, "batch_size", None):
             return
@@ -51,12 +52,22 @@ class EpochEnd:
             return
         self._left_over = 0 if loader._drop_last else rows % _batch_size(loader, self.accelerator)
 
-    def fetched(self, batches: list) -> None:
-        """Take note of where the loader stands after the batches of one optimizer step were taken from it."""
+    def fetched(self, batches: list, ids: Tensor | None) -> None:
+        """Take note of where the loader stands after the batches of one optimizer step were taken from it.
+
+        Args:
+            batches: Of this process.
+            ids: Sample ids of the first one, if there are any.
+        """
+        if not batches:  # the Trainer asks a stream that has ended again
+            return
         active = self.accelerator.gradient_state.active_dataloader
         if active is not None:
             self._loader = active
-        self._ended = bool(batches) and (active is None or active.end_of_dataloader)
+        begins, self._ended = self._ended, active is None or active.end_of_dataloader
+        if begins:
+            self._first_ids = ids
+        self._single = begins and self._ended and len(batches) == 1
 
     def kept(self, size: int, ids: Tensor | None, *, last: bool) -> Tensor | None:
         """Return which rows of a micro-batch are no repetition (b,), or None if all.
@@ -68,25 +79,23 @@ class EpochEnd:
         """
         if self.accelerator.num_processes == 1 or self._loader is None:
             return None
-        ended, left_over = last and self._ended, self._left_over
-        if left_over is None and ids is not None and isinstance(self._loader.dataset, IterableDatasetShard):
-            return self._by_id(ids, ended)
-        if left_over is None:  # a dispatching loader counts what it read
-            left_over = max(self._loader.remainder, 0)
-        if not ended or not left_over:
+        left_over = self._left_over
+        if not (last and self._ended) or left_over == 0:
             return None
+        if left_over is None and ids is not None and isinstance(self._loader.dataset, IterableDatasetShard):
+            return self._by_id(ids)
+        if left_over is None:  # a dispatching loader counts what it read
+            left_over = self._loader.remainder
+            if left_over <= 0:
+                return None
         position = self.accelerator.process_index * size + torch.arange(size, device=self.accelerator.device)
         return position < left_over
 
-    def _by_id(self, ids: Tensor, ended: bool) -> Tensor | None:
-        first = self._first_ids
-        if first is None:
-            self._first_ids = ids
-        if not ended:
-            return None
-        self._first_ids, size = None, len(ids)
-        gathered = self.accelerator.gather(ids)
-        known = gathered.new_empty(0) if first is None else self.accelerator.gather(first)
+    def _by_id(self, ids: Tensor) -> Tensor:
+        size, gathered = len(ids), self.accelerator.gather(ids)
+        known = gathered[:0]
+        if self._first_ids is not None and not self._single:
+            known = self.accelerator.gather(self._first_ids.to(ids))
         start = self.accelerator.process_index * size
         return torch.stack(
             [~torch.isin(gathered[i], torch.cat([known, gathered[:i]])) for i in range(start, start + size)]

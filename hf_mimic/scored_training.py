@@ -101,7 +101,10 @@ class ScoredTraining:
             sums = groups[0][0]
             self.temperature.update(sums.score_variance, sums.effective_sample_size / sums.count, sums.count)
         self.log.add(groups, self._norm, self._nonfinite)
-        self._barren_steps = self._barren_steps + 1 if self._barren else 0
+        # All processes see the same only where weights are shared: they must end together.
+        shared = self.args.weight_scope == "global" or self.engine.processes == 1
+        barren = self._barren and shared and not any(sums.count for sums, _ in groups)
+        self._barren_steps = self._barren_steps + 1 if barren else 0
         if self._barren_steps >= _PATIENCE:
             raise FloatingPointError(
                 f"losses and scores must be finite, got none for {_PATIENCE} optimizer steps in a row: training has "

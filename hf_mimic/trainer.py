@@ -129,7 +129,8 @@ class MimicTrainer(ResumingTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, None]:
         """Return the micro-batches of one optimizer step; how many labels they have does not matter here."""
         micro_batches, _ = super().get_batch_samples(*args, **kwargs)
-        self.epoch_end.fetched(micro_batches)
+        first = micro_batches[0] if micro_batches else {}
+        self.epoch_end.fetched(micro_batches, first.get(self.args.sample_id_column))
         self.training.begin(micro_batches)
         return micro_batches, None
 

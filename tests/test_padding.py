@@ -43,7 +43,7 @@ def kept(rank, size=4, *, rows=10, last=True, **options):
     source = loader(rows, **options)
     end = EpochEnd(accelerator(rank, loader=source))
     end.prepared(source)
-    end.fetched([{}])
+    end.fetched([{}], None)
     mask = end.kept(size, None, last=last)
     return None if mask is None else mask.tolist()
 
@@ -63,7 +63,7 @@ def test_nothing_is_repeated(options):
 
 def test_one_process_repeats_nothing():
     end = EpochEnd(accelerator(processes=1))
-    end.fetched([{}])
+    end.fetched([{}], None)
     assert end.kept(4, None, last=True) is None
 
 
@@ -72,7 +72,7 @@ def test_a_dispatching_loader_counts_what_it_read():
     source = loader(dataset=Stream(), remainder=5)
     end = EpochEnd(accelerator(1, loader=source))
     end.prepared(source)
-    end.fetched([{}])
+    end.fetched([{}], None)
     assert end.kept(3, None, last=True).tolist() == [True, True, False]
 
 
@@ -82,29 +82,44 @@ def test_a_loader_that_ended_while_a_step_was_collected():
     parts = accelerator(1, loader=source)
     end = EpochEnd(parts)
     end.prepared(source)
-    end.fetched([{}, {}])
+    end.fetched([{}, {}], None)
     assert end.kept(3, None, last=True) is None
     parts.gradient_state.active_dataloader = None
-    end.fetched([{}])
+    end.fetched([{}], None)
     assert end.kept(3, None, last=True).tolist() == [True, True, False]
 
 
-def test_a_stream_that_each_process_reads_is_compared_by_id():
-    shard = DataLoader(IterableDatasetShard(Stream(), batch_size=4, num_processes=2))
-    first, last = (
-        [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])],
-        [torch.tensor([8, 9, 0, 1]), torch.arange(2, 6)],
-    )
-    for rank, expected in ((0, [True, True, False, False]), (1, [False] * 4)):
-        source = SimpleNamespace(dataset=shard.dataset, batch_sampler=None, end_of_dataloader=False, remainder=-1)
-        parts = accelerator(rank, loader=source, gathered=[last, first])
-        end = EpochEnd(parts)
-        end.prepared(source)
-        end.fetched([{}])
+def stream_of(rank, gathered):
+    dataset = DataLoader(IterableDatasetShard(Stream(), batch_size=4, num_processes=2)).dataset
+    source = SimpleNamespace(dataset=dataset, batch_sampler=None, end_of_dataloader=False, remainder=-1)
+    end = EpochEnd(accelerator(rank, loader=source, gathered=gathered))
+    end.prepared(source)
+    return end, source
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [True, True, False, False]), (1, [False] * 4)])
+def test_a_stream_that_each_process_reads_is_compared_by_id(rank, expected):
+    first, last = [torch.arange(4), torch.arange(4, 8)], [torch.tensor([8, 9, 0, 1]), torch.arange(2, 6)]
+    end, source = stream_of(rank, [last, first] * 4)
+    for _ in range(2):  # passes
+        source.end_of_dataloader = False
+        end.fetched([{}], first[rank])
         assert end.kept(4, first[rank], last=True) is None
         source.end_of_dataloader = True
-        end.fetched([{}])
-        assert end.kept(4, last[rank], last=True).tolist() == expected
+        end.fetched([{}], last[rank])
+        for _ in range(2):  # asking changes nothing
+            assert end.kept(4, last[rank], last=True).tolist() == expected
+        end.fetched([], None)
+
+
+def test_a_stream_of_one_batch():
+    """Three rows on two processes: all eight are made of them."""
+    only = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 1])]
+    for rank, expected in ((0, [True, True, True, False]), (1, [False] * 4)):
+        end, source = stream_of(rank, [only])
+        source.end_of_dataloader = True
+        end.fetched([{}], only[rank])
+        assert end.kept(4, only[rank], last=True).tolist() == expected
 
 
 def test_a_sampler_without_a_length():
@@ -112,5 +127,5 @@ def test_a_sampler_without_a_length():
     source.get_sampler = object
     end = EpochEnd(accelerator(loader=source))
     end.prepared(source)
-    end.fetched([{}])
+    end.fetched([{}], None)
     assert end.kept(4, None, last=True) is None
