@@ -3,6 +3,8 @@
     python examples/finetune_vit_noisy.py --model google/vit-base-patch16-224-in21k \
         --reference_model you/vit-trusted --dataset you/noisy-images --output_dir outputs/vit
 
+On several GPUs: `accelerate launch --config_file examples/accelerate/multi_gpu.yaml` in place of `python`.
+
 Without a Hub, `--tiny` makes a small ViT from config, pre-trains it on `--trusted_dataset` and fine-tunes it there a
 second time into the reference; on two cores, clothing photographs with 40 % wrong labels take about 5 minutes:
 
@@ -61,6 +63,7 @@ def tiny_checkpoints(script: ScriptArguments, args: MimicTrainingArguments, labe
             remove_unused_columns=False,
             report_to="none",
             save_strategy="no",
+            use_cpu=args.use_cpu,
         )
         trainer = Trainer(model, options, train_dataset=rows, processing_class=processor)
         trainer.train()
@@ -100,7 +103,9 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     if script.eval_dataset:
-        print(trainer.evaluate())
+        trainer.log_metrics("eval", trainer.evaluate())
+    if not trainer.is_world_process_zero():  # launched on several processes, one writes for all
+        return
 
     keep = ThresholdFilter().fit_predict(trainer.scores)
     scored = attach_scores(dataset, trainer.scores, keep=keep)
