@@ -483,6 +483,18 @@ def test_a_stream(vit, tmp_path):
     assert sorted(trainer.scores.to_arrow()["sample_id"].to_pylist()) == ALL
 
 
+def test_a_stream_needs_max_steps(vit, tmp_path):
+    model, _, rows = vit
+    with pytest.raises(ValueError, match=r"does not implement __len__.* max_steps has to be specified"):
+        fit(model, tmp_path, rows=rows.to_iterable_dataset(), num_train_epochs=1)
+
+
+def test_a_stream_without_ids(vit, tmp_path):
+    model, _, rows = vit
+    with pytest.raises(ValueError, match=r"every example must have an integer `sample_id` .* record_scores=False"):
+        fit(model, tmp_path, rows=rows.remove_columns("sample_id").to_iterable_dataset(), max_steps=2)
+
+
 def test_workers_keep_the_ids(vit, tmp_path):
     model, _, rows = vit
     trainer = fit(model, tmp_path, rows=rows, num_train_epochs=1, dataloader_num_workers=2)
