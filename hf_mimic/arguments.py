@@ -43,7 +43,7 @@ class MimicTrainingArguments(TrainingArguments):
         sample_id_column: int64 column of the train data set that identifies a sample.
         record_scores: Write every visit to <output_dir>/scores.
         self_check_steps: Compare gradient and scores on the first step and then every so many steps; 0: on the first
-            step only, -1: never.
+            step only, -1: never. Not possible where a chosen parameter is frozen.
     """
 
     reference_model: str | None = field(default=None)
@@ -88,7 +88,7 @@ class MimicTrainingArguments(TrainingArguments):
 
     def _check_temperature(self) -> None:
         try:
-            valid = self.temperature == "auto" or float(self.temperature) > 0
+            valid = self.temperature == "auto" or float(self.temperature) > 1e-30
         except (TypeError, ValueError):
             valid = False
         if not valid:

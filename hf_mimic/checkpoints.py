@@ -20,51 +20,81 @@ from hf_mimic.files import write_atomically
 from hf_mimic.reference import read_tensors
 
 STATE_NAME = "mimic_state.json"
+RUN_NAME = "mimic_run.json"
 TRAINER_STATE_NAME = "trainer_state.json"
+_KEYS = {"run", "step", "epoch", "pass", "batches_in_pass", "split", "phases"}
 
 
 def write_state(folder: str | Path, state: Mapping[str, Any]) -> None:
     """Write `mimic_state.json`, as the last file of a checkpoint: its presence says that the others are whole."""
-    text = json.dumps(state, indent=2)
-    write_atomically(Path(folder) / STATE_NAME, lambda file: file.write(text.encode()))
+    _write(Path(folder) / STATE_NAME, state)
+
+
+def unmark(folder: str | Path) -> None:
+    """Take away what says that a checkpoint is whole, before it is written again."""
+    for name in (STATE_NAME, TRAINER_STATE_NAME):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def write_run(output_dir: str | Path, run: str) -> None:
+    """Note which run the folder belongs to now: checkpoints of an earlier one may lie beside its own."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    _write(Path(output_dir) / RUN_NAME, {"run": run})
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
     """Return what `write_state` wrote; empty, with a warning, for a checkpoint that a plain `Trainer` made.
 
     Raises:
+        FileNotFoundError: If there is no such folder.
         ValueError: If the checkpoint was not written to its end.
     """
-    if not _is_readable(Path(folder) / TRAINER_STATE_NAME):
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint` must be the folder of a checkpoint, {folder} does not exist. "
+            "True takes the last one in output_dir."
+        )
+    if _load(Path(folder) / TRAINER_STATE_NAME) is None:
         raise ValueError(
             f"a checkpoint must hold a readable {TRAINER_STATE_NAME}, {folder} does not: the process that wrote it was "
             "stopped in the middle. Resume from an earlier one, or from the last complete one: "
             "resume_from_checkpoint=True."
         )
-    path = Path(folder) / STATE_NAME
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    if not list(Path(folder).glob("optimizer*")):
+        warnings.warn(f"{folder} has no optimizer state (save_only_model?): the optimizer starts anew.", stacklevel=2)
+    state = _load(Path(folder) / STATE_NAME)
+    if state is not None and set(state) >= _KEYS:
+        return state
     warnings.warn(
-        f"{folder} has no {STATE_NAME}: a plain Trainer made it, or its writing was interrupted at the very end. "
-        "Weights, optimizer and order are resumed; the running temperature starts anew, and visits before it may "
-        "be missing from the score table.",
+        f"{folder} has no {STATE_NAME} that can be read: a plain Trainer made it, or its writing was interrupted at the "
+        "very end. Weights, optimizer and order are resumed; the running temperature starts anew, and visits before it "
+        "may be missing from the score table.",
         stacklevel=2,
     )
     return {}
 
 
 def last_complete(output_dir: str | Path) -> str | None:
-    """Return the newest checkpoint that was written to its end, None if there is none; warn of those passed over."""
+    """Return the newest checkpoint of the folder's last run that was written to its end, None if there is none.
+
+    It warns of those passed over: torn ones, and those of an earlier run.
+    """
     found = [(int(m[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (m := _number(path))]
     newest_first = [path for _, path in sorted(found, reverse=True)]
-    readable = [path for path in newest_first if _is_readable(path / TRAINER_STATE_NAME)]
-    marked = [path for path in readable if (path / STATE_NAME).is_file()]
-    chosen = next(iter(marked or readable), None)
-    torn = [path.name for path in newest_first[: newest_first.index(chosen) if chosen else None]]
-    if torn:
+    run = (_load(Path(output_dir) / RUN_NAME) or {}).get("run")
+    readable = [path for path in newest_first if _load(path / TRAINER_STATE_NAME) is not None]
+    states = {path: _load(path / STATE_NAME) or {} for path in readable}
+    earlier = [path for path in readable if run and states[path] and states[path].get("run") != run]
+    own = [path for path in readable if path not in earlier]
+    chosen = next((path for path in own if states[path]), next(iter(own), None))
+    passed = newest_first[: newest_first.index(chosen) if chosen else None]
+    if passed:
+        torn = [path.name for path in passed if path not in earlier]
+        reasons = [f"{', '.join(torn)} were not written to their end"] if torn else []
+        old = [path.name for path in passed if path in earlier]
+        reasons += [f"{', '.join(old)} are of an earlier run"] if old else []
         warnings.warn(
-            f"{', '.join(torn)} in {output_dir} were not written to their end and are passed over; "
-            f"resuming from {chosen.name if chosen else 'nothing'}.",
+            f"in {output_dir}, {' and '.join(reasons)}; resuming from {chosen.name if chosen else 'nothing'}.",
             stacklevel=3,
         )
     return None if chosen is None else str(chosen)
@@ -96,8 +126,15 @@ def _number(path: Path) -> re.Match | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
 
 
-def _is_readable(path: Path) -> bool:
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, None if there is none or it cannot be read."""
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+    return content if isinstance(content, dict) else None

@@ -6,6 +6,7 @@ Read `COMMANDS` at the end, then one command.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ def train(options: DataArguments, args: Any) -> str:
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    resume = {"True": True, "true": True}.get(args.resume_from_checkpoint, args.resume_from_checkpoint)
+    words = {"true": True, "false": None}
+    resume = words.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
@@ -176,9 +178,9 @@ def _rows(options: DataArguments, sample_id_column: str, labels: list[str] | Non
     )
     if options.on_error == "skip":
         rows, bad = drop_unreadable(rows, options.image_column)
-        print(
-            f"{len(bad)} images do not decode and are skipped{': rows ' if bad else ''}{', '.join(map(str, bad[:20]))}"
-        )
+        if os.environ.get("RANK", "0") == "0":  # one process tells it for all
+            places = f": rows {', '.join(map(str, bad[:20]))}" if bad else ""
+            print(f"{len(bad)} images do not decode and are skipped{places}")
     return rows, rows.features[options.label_column].names
 
 

@@ -83,6 +83,11 @@ class Engine:
         self.compiled = any(
             isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()
         )
+        if self.compiled:
+            from torch._inductor import config
+
+            # NOTE: inductor draws dropout masks of its own: scores would be of another model than the one trained.
+            config.fallback_random = True
         self.sharded = bool(units(model))
         reshard(model)
         # NOTE: those that hold gradients. After a forward pass, FSDP2 may have left others in the model's place.

@@ -1,6 +1,6 @@
 """One optimizer step: the weights of its micro-batches, and the visits that wait for their final weights.
 
-`OptimizerStep.add` weighs a micro-batch, `visits` and `summary` tell what the step was once its last one was added.
+`OptimizerStep.add` weighs a micro-batch, `visits` and `groups` tell what the step was once its last one was added.
 """
 
 from __future__ import annotations

@@ -178,9 +178,12 @@ def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, st
 
 
 def _open(path: Path) -> Any:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    return safe_open(str(path), framework="pt", device="cpu")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file ({error}). Download or copy it again.") from error
 
 
 def _read_files(reference: str | Path, model: nn.Module, names: list[str], revision: str | None) -> dict[str, Tensor]:

@@ -7,15 +7,26 @@ that put a resumed run where the interrupted one was.
 from __future__ import annotations
 
 import math
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
-from hf_mimic.checkpoints import last_complete, load_weights, loads_by_name, read_state, write_state
+from hf_mimic.checkpoints import (
+    last_complete,
+    load_weights,
+    loads_by_name,
+    read_state,
+    unmark,
+    write_run,
+    write_state,
+)
 
 
 class ResumingTrainer(Trainer):
@@ -34,6 +45,8 @@ class ResumingTrainer(Trainer):
         self._saved, self.resumed_from = {}, None
         self._phases: list[dict[str, Any]] = []
         self._pass = self._batches_in_pass = self._skipped = 0
+        self._place: tuple[int, int] | None = None
+        self._run = ""
         self._pass_ended = False
         self.add_callback(_PassCallback(self))
 
@@ -63,6 +76,7 @@ class ResumingTrainer(Trainer):
                 raise ValueError(f"{self.args.output_dir} must hold a complete checkpoint to resume from, found none.")
         self.resumed_from = resume_from_checkpoint or None
         self._saved = read_state(self.resumed_from) if self.resumed_from else {}
+        self._run = self._saved.get("run") or uuid.uuid4().hex
         self._phases = list(self._saved.get("phases", []))
         self._compare_phase()
         return super().train(self.resumed_from, *args, **kwargs)
@@ -104,23 +118,36 @@ class ResumingTrainer(Trainer):
     # ---- where the run was -----------------------------------------------------------------------------------------
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
-        """Return the Trainer's numbers; if an epoch starts over, with the steps that are left to do."""
+        """Return the Trainer's numbers; of a resumed run, with as many steps as are left to do after the checkpoint.
+
+        NOTE: the Trainer takes `global_step // steps_per_epoch` for the epoch, which is wrong for the rest of a run
+        whose steps ever had another size.
+        """
         values = super().set_initial_training_values(args, dataloader)
-        if self._restart_reason is None or args.max_steps > 0:
+        num_train_epochs, per_epoch, steps_in_epoch = args.num_train_epochs, values[1], values[5]
+        self._place = None
+        if not self._saved or (args.ignore_data_skip and self._restart_reason is None):
             return values
-        left = max(args.num_train_epochs - int(self._saved["epoch"]), 0)
-        return (*values[:-1], self._saved["step"] + math.ceil(left * values[1]))
+        begun, batches = self._saved["pass"], self._saved["batches_in_pass"]
+        if self._restart_reason is not None:
+            begun, batches = int(self._saved["epoch"]), 0
+        elif batches >= steps_in_epoch:
+            begun, batches = begun + 1, 0
+        self._place = begun, batches
+        if args.max_steps > 0:
+            return values
+        done = begun * per_epoch + math.ceil(batches / args.gradient_accumulation_steps)
+        return (*values[:-1], self._saved["step"] + max(math.ceil(num_train_epochs * per_epoch) - done, 0))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         trained, skipped = super()._init_training_state(*args, **kwargs)
+        if self._place is not None:
+            trained, skipped = self._place
         if self._restart_reason is not None:
-            trained, skipped = int(self._saved["epoch"]), 0
             warnings.warn(
                 f"{self._restart_reason}: batches cannot be the same, so epoch {trained} starts over; scores so far are "
                 "kept."
             )
-        elif self._saved and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
-            trained, skipped = self._saved["pass"], self._saved["batches_in_pass"]
         self._pass, self._skipped = trained - 1, skipped
         return trained, skipped
 
@@ -135,6 +162,9 @@ class ResumingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            unmark(folder)
+        self.accelerator.wait_for_everyone()
         try:
             self.before_save(str(folder))
             super()._save_checkpoint(model, trial)
@@ -155,6 +185,7 @@ class ResumingTrainer(Trainer):
     def _state(self) -> dict[str, Any]:
         ended = self._pass_ended
         return {
+            "run": self._run,
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "pass": self._pass + ended,
@@ -186,19 +217,32 @@ class _PassCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: ResumingTrainer) -> None:
-        self.trainer = trainer
+        self.trainer, self._begun_at = trainer, (0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            write_run(args.output_dir, self.trainer._run)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._pass += 1
         trainer._pass_ended = False
         trainer._batches_in_pass, trainer._skipped = trainer._skipped, 0
+        self._begun_at = state.global_step, trainer._batches_in_pass
         sampler = kwargs.get("train_dataloader")
         while sampler is not None:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(trainer._pass)
+            if isinstance(sampler, LengthGroupedSampler):  # would draw from the global generator
+                seed = args.seed if args.data_seed is None else args.data_seed
+                sampler.generator = torch.Generator().manual_seed(seed + trainer._pass)
             inner = getattr(sampler, "batch_sampler", None)
             sampler = getattr(sampler, "sampler", None) if inner is None else inner
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._pass_ended = True
+        if self._begun_at == (state.global_step, 0) and self.trainer._batches_in_pass:
+            raise ValueError(
+                f"a pass over the data must fill one optimizer step, got {self.trainer._batches_in_pass} batches and "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}. Accumulate fewer, or repeat the stream."
+            )

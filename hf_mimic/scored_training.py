@@ -35,9 +35,9 @@ class ScoredTraining:
         self.temperature, self.log = RunningTemperature(), StepLog()
         self._micro_batches: list[Mapping[str, Any]] = []
         self._taken = self._barren_steps = self._steps = 0
-        self._barren = True
-        self._nonfinite: Any = 0
-        self._norm: Any = 0
+        self._barren: bool
+        self._nonfinite: Any
+        self._norm: Any
         self._new_step()
 
     def state(self) -> dict[str, float]:
@@ -94,7 +94,7 @@ class ScoredTraining:
         }
         every = self.args.self_check_steps
         if every >= 0 and (self._steps == 0 or (every and self._steps % every == 0)):
-            self._check(share["weighted_score"], share["weighted_absolute_score"])
+            self._check(share)
         if self.args.record_scores:
             self._record()
         if self.args.weight_scope == "global":
@@ -195,18 +195,20 @@ class ScoredTraining:
         scores = self.engine.gather_unequal(torch.cat(found))
         self.temperature.start(scores[scores.isfinite()])
 
-    def _check(self, weighted_score: Any, scale: Any) -> None:
+    def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         direction, named = trainer.direction(), dict(trainer.model.named_parameters(remove_duplicate=False))
         product = gradient_along(direction, named)
-        expected = self.engine.gather(torch.stack([weighted_score, scale])).mean(0).tolist()
-        if product is None or not expected[1]:
+        sums = self.engine.gather(torch.stack(list(share.values()))).mean(0).tolist()
+        if product is None:
             return
         if accelerator.scaler is not None:
             product = product / accelerator.scaler.get_scale()
-        low = accelerator.mixed_precision != "no" or any(named[n].dtype == torch.bfloat16 for n in direction)
+        formats = {named[name].dtype for name in direction}
+        formats |= {torch.bfloat16} if accelerator.mixed_precision != "no" else set()
         if product.isfinite():  # a scaled float16 gradient may overflow: that step is skipped
-            check_gradient(product, expected[0], expected[1], norm=float(self._norm), low_precision=low)
+            eps = max(torch.finfo(dtype).eps for dtype in formats)
+            check_gradient(product, dict(zip(share, sums, strict=True)), norm=float(self._norm), eps=eps)
 
     def _record(self) -> None:
         for epoch, ids, values in self._step.visits():

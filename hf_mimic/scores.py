@@ -99,6 +99,9 @@ class ScoreTable:
         if self.folder is None or not self._tables:
             return None
         rows = pa.concat_tables(self._tables)
+        if not len(rows):  # all rows of this process were repeated ones
+            self._tables.clear()
+            return None
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = rows["step"].to_numpy()
         path = self.folder / f"steps-{steps.min():08d}-{steps.max():08d}-rank-{rank:05d}.parquet"
@@ -108,10 +111,19 @@ class ScoreTable:
         self._tables.clear()
         return path
 
+    def forget(self) -> None:
+        """Drop the rows that are in memory only."""
+        self._buffer.clear()
+        self._tables.clear()
+
+    def count_stored(self) -> int:
+        """Return the number of rows on the disk, without reading them."""
+        return sum(_read(path, head=True).num_rows for path in self._shards())
+
     def truncate(self, step: int) -> None:
-        """Forget the visits at `step` and later, on the disk too: a resumed run makes them again."""
-        self._collect()
-        self._tables = [table.filter(pa.compute.field("step") < step) for table in self._tables]
+        """Drop the stored rows at `step` and later (a resumed run makes them again), and what broken writes left."""
+        for left in self.folder.glob("steps-*.tmp") if self.folder is not None else ():
+            left.unlink()
         for path in self._shards():
             rows = _read(path)
             kept = rows.filter(pa.compute.field("step") < step)
@@ -122,11 +134,10 @@ class ScoreTable:
 
     def set_aside(self) -> Path | None:
         """Move the shards of an earlier run out of the way, to `<folder>-1`, `-2` ...; return where they went."""
-        self._buffer.clear()
-        self._tables.clear()
+        self.forget()
         if self.folder is None or not self._shards():
             return None
-        others = [path.name for path in self.folder.iterdir() if not path.match(_SHARDS)]
+        others = [p.name for p in self.folder.iterdir() if not (p.match(_SHARDS) or p.match("steps-*.tmp"))]
         if others:
             raise ValueError(
                 f"{self.folder} must hold nothing but scores to be set aside, got {', '.join(sorted(others)[:3])}. "
@@ -186,9 +197,10 @@ class ScoreTable:
             self._buffer = []
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, *, head: bool = False) -> Any:
+    """Return the rows of a shard, or what its head says about them."""
     try:
-        return pq.read_table(path, schema=SCHEMA)
+        return pq.read_metadata(path) if head else pq.read_table(path, schema=SCHEMA)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"a score shard must be a whole Parquet file, {path} is not ({error}). It was cut off or changed after it "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 AUTO_SHARE = 0.5
+_LARGEST_JUMP = 25.0  # of the scores' variance from one step to the next
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class RunningTemperature:
         if self.variance is None or self.shape is None:
             return
         told = variance.isfinite() & (variance > 0) & (count > 1)
-        average = torch.where(self.variance > 0, self.variance.lerp(variance, self.rate), variance)
+        # A step with one sample far away must not set the temperature of the next hundred.
+        capped = torch.minimum(variance, _LARGEST_JUMP * self.variance)
+        average = torch.where(self.variance > 0, self.variance.lerp(capped, self.rate), variance)
         ratio = effective_share.log() / _share_of(count, self.share).log()
         moved = torch.where(self.variance > 0, self.shape * (1 + self.rate * (ratio - 1)), self.shape)
         self.variance = torch.where(told, average, self.variance)

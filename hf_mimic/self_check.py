@@ -38,27 +38,34 @@ def gradient_along(direction: Mapping[str, Tensor], parameters: Mapping[str, Ten
     return torch.stack(terms).sum()
 
 
-def check_gradient(product: Tensor, weighted_score: float, scale: float, *, norm: float, low_precision: bool) -> None:
+def check_gradient(product: Tensor, sums: Mapping[str, float], *, norm: float, eps: float) -> None:
     """Raise unless <g, v> equals -||v|| sum w m, to 0.5 % of ||v|| sum w |m| (5 % in low precision).
+
+    Where losses are so small that 1 - p is made of rounding, more is allowed: a relative error of eps / loss. What
+    changes the loss by less than a hundred thousandth is not checked.
 
     Args:
         product: <g, v>.
-        weighted_score: sum w m over the optimizer step.
-        scale: sum w |m|.
+        sums: `weighted_score` (sum w m over the optimizer step), `weighted_absolute_score` (sum w |m|) and
+            `weighted_loss` (sum w l).
         norm: ||v||.
-        low_precision: Whether forward and backward ran in float16 or bfloat16.
+        eps: Of the number format that forward and backward ran in.
 
     Raises:
         GradientMismatchError: With the likely cause.
     """
-    expected, allowed = -norm * weighted_score, norm * scale * (0.05 if low_precision else 0.005)
-    found = float(product)
+    scale, loss = norm * sums["weighted_absolute_score"], abs(sums["weighted_loss"])
+    if scale <= 1e-5 * loss or not loss:
+        return
+    expected, found = -norm * sums["weighted_score"], float(product)
+    allowed = scale * max(0.05 if eps > 1e-4 else 0.005, 4 * eps / loss)
     if abs(found - expected) <= allowed:
         return
     ratio = found / expected if expected else 0.0
-    if 1.5 < ratio < 1e6 and abs(ratio - round(ratio)) < 0.02:
+    times, kind = (ratio, "large") if ratio > 1 else (1 / ratio if ratio > 0 else 0.0, "small")
+    if 1.5 < times < 1e6 and abs(times - round(times)) < 0.02 * times:
         cause = (
-            f"The gradient is {round(ratio)} times too large: something scales the loss, by the number of processes or "
+            f"The gradient is {round(times)} times too {kind}: something scales the loss, by the number of processes or "
             "accumulated micro-batches for instance. Look for an overridden `training_step` or `compute_loss`."
         )
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class MimicTrainer(ResumingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to the training logs."""
-        if "loss" in logs:
+        if "loss" in logs and "learning_rate" in logs:  # the Trainer's own: all processes are here
             logs |= self.training.log.pop(self.engine.gather)
         super().log(logs, start_time)
 
@@ -161,6 +162,10 @@ class MimicTrainer(ResumingTrainer):
         if isinstance(dataset, datasets.Dataset):
             column = self.args.sample_id_column
             ids = _ids_of(dataset, self.args) if kwargs.get("is_training") else None
+            if kwargs.get("sampler_fn") is not None:  # it may look at columns that are removed below
+                kwargs["sampler_fn"] = partial(
+                    lambda sampler_fn, rows, _: sampler_fn(rows), kwargs["sampler_fn"], dataset
+                )
             if dataset.format["type"] != "custom":
                 dataset = self._remove_unused_columns(dataset, description)
             dataset = SampleIdDataset(dataset, ids, column)
@@ -176,12 +181,15 @@ class MimicTrainer(ResumingTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """Return what scores depend on."""
-        names = ("strategy", "temperature", "direction", "mimic_layers", "weight_scope", "reweight", "reference_model")
-        return {name: getattr(self.args, name) for name in names}
+        names = ("strategy", "direction", "weight_scope", "reweight")
+        settings = {name: getattr(self.args, name) for name in names}
+        reference = self.args.reference_model
+        settings |= {"temperature": self.args.tau, "mimic_layers": list(self.args.mimic_layers)}
+        return {**settings, "reference_model": None if reference is None else str(reference)}
 
     def run_state(self) -> dict[str, Any]:
-        """Return the running temperature."""
-        return {"temperature": self.training.state()}
+        """Return the running temperature, and how many rows of scores must be there."""
+        return {"temperature": self.training.state(), "score_rows": self.scores.count_stored()}
 
     def before_save(self, folder: str) -> None:
         """Write the scores up to the checkpoint, and where direction="start" started."""
@@ -202,12 +210,15 @@ class MimicTrainer(ResumingTrainer):
         step = self.state.global_step
         self.engine.prepared(self.model_wrapped)
         parameters = {id(p) for p in self.model.parameters()}
-        if self.direction is None or not parameters >= set(map(id, self.direction.parameters.values())):
-            self.direction = self._make_direction()  # FSDP replaced the parameters, or `model_init` made others
+        known, restarts = self.direction is not None, self.args.direction == "start" and not step and not self._runs
+        if not known or restarts or not parameters >= set(map(id, self.direction.parameters.values())):
+            # FSDP replaced the parameters, `model_init` made others, or theta_0 is where they are now
+            self.direction = self._make_direction(warn=not known)
         self.training = ScoredTraining(self)
         if step:
             self.training.resume(self._saved.get("temperature", {}))
             self._resume_direction()
+        self.scores.forget()
         if self.args.process_index == 0:
             self._clear_scores(step)
         self._runs += 1
@@ -216,6 +227,12 @@ class MimicTrainer(ResumingTrainer):
     def _clear_scores(self, step: int) -> None:
         if step or self._runs:  # resumed, or started again with a smaller batch by auto_find_batch_size
             self.scores.truncate(step)
+            stored, expected = self.scores.count_stored(), self._saved.get("score_rows", 0)
+            if step and stored < expected and self.args.record_scores:
+                warnings.warn(
+                    f"{expected - stored} of {expected} score rows of the steps before {step} are missing from "
+                    f"{self.args.scores_dir}: shards were deleted, or the run goes on in another folder."
+                )
         elif (moved := self.scores.set_aside()) is not None:
             warnings.warn(f"{self.args.scores_dir} held the scores of an earlier run; they are now in {moved}.")
 
@@ -234,7 +251,7 @@ class MimicTrainer(ResumingTrainer):
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
-    def _make_direction(self) -> MimicDirection:
+    def _make_direction(self, *, warn: bool = True) -> MimicDirection:
         direction = MimicDirection(
             self.model,
             self._reference,
@@ -249,7 +266,7 @@ class MimicTrainer(ResumingTrainer):
                 f"reference and model must be finite in the chosen layers, got ||v|| = {norm}. Look for NaN in their "
                 "weights: one of the two has diverged."
             )
-        if not norm:
+        if warn and not norm:
             warnings.warn(
                 "the reference equals the model in the chosen layers (||v|| = 0): there is no direction, so all "
                 "weights are uniform until they differ, and then point back to the start. Start from another "

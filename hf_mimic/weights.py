@@ -72,6 +72,7 @@ class OnlineSoftmax:
         self._divisor: Tensor  # d_p
         self._own: Tensor  # this process's sums since the last gather
         self._others: Tensor  # everyone's sums until then
+        self._powers: Tensor
 
     @property
     def sums(self) -> StepSums:
@@ -99,6 +100,7 @@ class OnlineSoftmax:
             self._started, self._shift, self._own = True, peak, logits.new_zeros(len(_POWERS))
             # Any constant would do until the gather; this one keeps the loss near its mean.
             self._divisor, self._others = logits.new_tensor(max(len(logits), 1)), torch.zeros_like(self._own)
+            self._powers = logits.new_tensor(_POWERS)
         before, divisor = self._shift, self._divisor
         self._rescale(torch.maximum(before, peak))
         self._own = self._own + _sums(logits, losses, scores, self._shift)
@@ -114,21 +116,20 @@ class OnlineSoftmax:
         return torch.exp(logits - self._shift) / self._divisor
 
     def _rescale(self, shift: Tensor) -> None:
-        scale = _scale(self._shift, shift)
+        scale = _scale(self._shift, shift) ** self._powers
         self._own, self._others, self._shift = self._own * scale, self._others * scale, shift
 
     def _share(self, rows: Tensor) -> None:
         """Merge the sums of all processes: rows (P, 1 + k) of their c and their sums."""
         self._rescale(rows[:, 0].max())
-        self._others = self._others + (rows[:, 1:] * _scale(rows[:, :1], self._shift)).sum(0)
+        self._others = self._others + (rows[:, 1:] * _scale(rows[:, :1], self._shift) ** self._powers).sum(0)
         self._own, self._shared = torch.zeros_like(self._own), True
         self._divisor = self._others[0]
 
 
 def _scale(old: Tensor, new: Tensor) -> Tensor:
-    """Return by what each of the k sums changes when c does; where there were no samples (c = -inf), by 0 or 1."""
-    factor = torch.nan_to_num(torch.exp(old - new))
-    return factor ** torch.tensor(_POWERS, device=factor.device)
+    """Return by what exp(-c) changes when c does; 0 where there were no samples (c = -inf)."""
+    return torch.nan_to_num(torch.exp(old - new))
 
 
 def _sums(logits: Tensor, losses: Tensor, scores: Tensor, shift: Tensor) -> Tensor:

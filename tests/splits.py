@@ -26,6 +26,13 @@ ROWS = 22  # the second step has 6: a short tail, or a padded one
 FAMILIES = ("vit", "clip_classifier", "siglip_classifier", "resnet", "swinv2", "multi_label")
 
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "multi_label": {"problem_type": "multi_label_classification"},
+    "dropout": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    "swinv2": {"drop_path_rate": 0.0},
+}
+
+
 class Rows(torch.utils.data.Dataset):
     """A batch as a data set that keeps its precision, with ids 100, 101 ..."""
 
@@ -51,13 +58,8 @@ class Unscales(tf.TrainerCallback):
 
 def make(family: str, dtype: torch.dtype, broken: Sequence[int] = ()) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model, its batch norm frozen and without random parts, and a batch of ROWS; some rows with a NaN."""
-    kind = {"multi_label": "vit", "lora": "clip_classifier"}.get(family, family)
-    options: dict[str, Any] = {}
-    if family == "multi_label":
-        options = {"problem_type": "multi_label_classification"}
-    if family == "swinv2":
-        options = {"drop_path_rate": 0.0}
-    model, batch = models.make(kind, dtype, **options), models.make_batch(kind, dtype, size=ROWS)
+    kind = {"multi_label": "vit", "dropout": "vit", "lora": "clip_classifier"}.get(family, family)
+    model, batch = models.make(kind, dtype, **CONFIGS.get(family, {})), models.make_batch(kind, dtype, size=ROWS)
     if family == "lora":
         model = models.with_lora(model)
     for module in model.modules():

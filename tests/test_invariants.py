@@ -270,3 +270,10 @@ def test_compiled_training_is_scored_eagerly(backend, tmp_path):
     )
     rows, same = (trainer.scores.to_arrow().to_pydict() for trainer in (found, expected))
     assert rows["mimic_score"] == pytest.approx(same["mimic_score"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_has_the_dropout_that_is_scored(backend, tmp_path):
+    """The self-check would see other masks."""
+    options = {"torch_compile": True, "torch_compile_backend": backend, "self_check_steps": 1, "num_train_epochs": 2}
+    train("dropout", "16", tmp_path, mimic_layers="all", **options)

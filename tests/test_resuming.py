@@ -241,7 +241,7 @@ def tear(checkpoint):
 
 def test_a_torn_checkpoint_is_passed_over(run, whole):
     tear(run / "checkpoint-8")
-    with pytest.warns(UserWarning, match="checkpoint-8 in .* not written to their end .* resuming from checkpoint-6"):
+    with pytest.warns(UserWarning, match=r"checkpoint-8 were not written to their end; resuming from checkpoint-6"):
         assert last_complete(run) == str(run / "checkpoint-6")
     trainer = trainer_of(run)
     with pytest.warns(UserWarning, match="checkpoint-8"):
@@ -266,7 +266,7 @@ def test_a_checkpoint_of_the_plain_trainer(tmp_path):
     with pytest.raises(Killed):
         trainer_of(tmp_path, plain=True, rows=data().remove_columns("sample_id"), kill=9).train()
     trainer = trainer_of(tmp_path)
-    with pytest.warns(UserWarning, match="has no mimic_state.json: a plain Trainer made it"):
+    with pytest.warns(UserWarning, match="has no mimic_state.json that can be read: a plain Trainer made it"):
         trainer.train(resume_from_checkpoint=True)
     assert min(rows_in(tmp_path)["step"]) == 8
     assert trainer.state.global_step == 18
@@ -292,6 +292,83 @@ def test_only_whole_checkpoints_are_kept(tmp_path):
 def test_weights_that_do_not_fit_are_refused(run):
     with pytest.raises(ValueError, match=r"must have every chosen parameter in the student's shape"):
         load_weights(models.make("vit", num_labels=7), run / "checkpoint-8")
+
+
+def test_a_marker_that_cannot_be_read(run):
+    (run / "checkpoint-8" / STATE_NAME).write_text('{"step": 8')
+    with pytest.warns(UserWarning, match="resuming from checkpoint-6"):
+        assert last_complete(run) == str(run / "checkpoint-6")
+    for content in ('{"step": 8', '{"step": 8}', "[]"):
+        (run / "checkpoint-8" / STATE_NAME).write_text(content)
+        with pytest.warns(UserWarning, match="no mimic_state.json that can be read"):
+            assert read_state(run / "checkpoint-8") == {}
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(run, monkeypatch):
+    def die(*args, **kwargs):
+        raise Killed
+
+    trainer = trainer_of(run)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    with pytest.warns(UserWarning, match="checkpoint-8 were not written to their end; resuming from checkpoint-6"):
+        assert last_complete(run) == str(run / "checkpoint-6")
+
+
+def test_checkpoints_of_an_earlier_run_are_passed_over(run, whole):
+    """A fresh run in the same folder, killed before it got as far as the first one."""
+    with pytest.warns(UserWarning, match="held the scores of an earlier run"), pytest.raises(Killed):
+        trainer_of(run, kill=5).train()
+    trainer = trainer_of(run)
+    with pytest.warns(
+        UserWarning, match="checkpoint-8, checkpoint-6 are of an earlier run; resuming from checkpoint-4"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same_run(trainer, run, whole())
+
+
+def test_a_checkpoint_without_optimizer(tmp_path):
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, kill=9, save_only_model=True).train()
+    with pytest.warns(UserWarning, match="checkpoint-8 has no optimizer state"):
+        trainer_of(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_cut_weights_are_named(run):
+    weights = run / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint-8/model.safetensors must be a whole safetensors file"):
+        trainer_of(run).train(resume_from_checkpoint=True)
+
+
+def test_a_folder_that_does_not_exist(run):
+    with pytest.raises(FileNotFoundError, match=r"must be the folder of a checkpoint, .*checkpoint-7 does not exist"):
+        trainer_of(run).train(resume_from_checkpoint=str(run / "checkpoint-7"))
+
+
+def test_missing_score_rows_are_noticed(run):
+    next((run / "scores").glob("*.parquet")).unlink()
+    with pytest.warns(UserWarning, match=r"of 30 score rows of the steps before 8 are missing"):
+        trainer_of(run).train(resume_from_checkpoint=True)
+
+
+def test_a_path_as_reference(run):
+    models.make("vit").save_pretrained(run / "reference")
+    trainer = trainer_of(run / "out", reference_model=run / "reference", max_steps=3)
+    trainer.train()
+    assert json.loads((run / "out" / "checkpoint-2" / STATE_NAME).read_text())["phases"][0]["settings"][
+        "reference_model"
+    ]
+
+
+def test_rows_grouped_by_length_resume(tmp_path):
+    rows = data().add_column("length", [i % 7 for i in range(ROWS)])
+    options = {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "rows": rows}
+    expected = trainer_of(tmp_path / "whole", **options)
+    expected.train()
+    trainer = interrupted(tmp_path / "killed", kill=9, **options)
+    assert_same_run(trainer, tmp_path / "killed", (expected, rows_in(tmp_path / "whole")))
 
 
 # ---- another set-up ------------------------------------------------------------------------------------------------
@@ -328,6 +405,33 @@ def test_steps_of_another_size_restart_the_epoch(run, change):
     assert sorted(rows["sample_id"]) == sorted([*range(100, 100 + ROWS)] * 3 + rows["sample_id"][ROWS : ROWS + 8])
 
 
+@pytest.mark.parametrize("second", [10, 12])
+def test_killed_again_after_the_batch_size_changed(run, second):
+    """Steps of two sizes: from the number of steps alone nobody could tell the epoch."""
+    options = {"per_device_train_batch_size": 8, "save_steps": 1}
+    with pytest.warns(UserWarning, match="epoch 1 starts over"), pytest.raises(Killed):
+        trainer_of(run, kill=second + 1, **options).train(resume_from_checkpoint=True)
+    trainer = trainer_of(run, **options)
+    trainer.train(resume_from_checkpoint=True)
+    rows = rows_in(run)
+    assert trainer.state.global_step == 8 + 2 * 3
+    assert trainer.state.epoch == 3
+    assert sorted(rows["sample_id"]) == sorted([*range(100, 100 + ROWS)] * 3 + rows["sample_id"][ROWS : ROWS + 8])
+
+
+def test_more_epochs(run, whole):
+    trainer = trainer_of(run, num_train_epochs=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 24
+    assert len(rows_in(run)["step"]) == 4 * ROWS
+
+
+def test_a_pass_that_fills_no_step(tmp_path):
+    options = {"stream": 1, "max_steps": 3, "gradient_accumulation_steps": 8}
+    with pytest.raises(ValueError, match="a pass over the data must fill one optimizer step, got 6 batches"):
+        trainer_of(tmp_path, **options).train()
+
+
 def test_direction_start_without_its_file(tmp_path):
     with pytest.raises(Killed):
         trainer_of(tmp_path, kill=5, direction="start").train()
@@ -338,7 +442,8 @@ def test_direction_start_without_its_file(tmp_path):
 
 def test_resuming_in_another_folder_keeps_the_first_ones_scores(run, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    trainer_of(elsewhere).train(resume_from_checkpoint=str(run / "checkpoint-8"))
+    with pytest.warns(UserWarning, match=r"30 of 30 score rows of the steps before 8 are missing"):
+        trainer_of(elsewhere).train(resume_from_checkpoint=str(run / "checkpoint-8"))
     assert min(rows_in(elsewhere)["step"]) == 8
     assert max(rows_in(run)["step"]) < 9
 

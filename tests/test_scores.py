@@ -185,8 +185,10 @@ def test_truncating_forgets_later_steps(tmp_path, step):
             table.record([number], epoch=0, step=number, loss=[1.0])
         table.flush(rank=steps[0])  # of another process, too
     table.record([4], epoch=0, step=4, loss=[1.0])  # not written yet
+    table.forget()
     table.truncate(step)
-    assert table.to_arrow()["step"].to_pylist() == list(range(min(step, 5)))
+    assert table.to_arrow()["step"].to_pylist() == list(range(min(step, 4)))
+    assert table.count_stored() == min(step, 4)
     assert len(list(tmp_path.iterdir())) == min((step + 1) // 2, 2)
 
 
@@ -200,9 +202,23 @@ def test_a_torn_shard_is_named(tmp_path, damage):
 
 
 def test_what_an_interrupted_write_left_is_not_read(tmp_path):
-    path = two_epochs(tmp_path).flush()
-    (tmp_path / f"{path.name}.123.tmp").write_bytes(path.read_bytes()[:50])
-    assert len(ScoreTable.load(tmp_path)) == 5
+    path = two_epochs(tmp_path / "scores").flush()
+    left = path.with_name(f"{path.name}.123.tmp")
+    left.write_bytes(path.read_bytes()[:50])
+    table = ScoreTable.load(tmp_path / "scores")
+    assert len(table) == 5
+    table.truncate(9)
+    assert not left.exists()
+    left.write_bytes(b"")
+    assert table.set_aside() == tmp_path / "scores-1"
+
+
+def test_no_rows_make_no_shard(tmp_path):
+    """What a process has whose rows were all repeated ones."""
+    table = ScoreTable(tmp_path)
+    table.record([], epoch=0, step=3, loss=[])
+    assert table.flush() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):

@@ -195,7 +195,20 @@ def test_running_temperature_follows_the_scale_of_the_scores(jump):
     shares = run(temperature, [jump * draw("normal", 64, seed) for seed in range(100, 200)])
     assert temperature.value.item() / before == pytest.approx(jump, rel=0.3)
     assert sum(shares[-20:]) / 20 == pytest.approx(0.5, abs=0.06)
-    assert min(shares[1:]) > 0.05  # only in the step that jumped may one sample take it all
+    assert min(shares[6:]) > 0.05  # only in the first steps after the jump may one sample take it all
+
+
+@pytest.mark.parametrize("size", [100.0, 1e6])
+def test_running_temperature_forgets_an_outlier(size):
+    temperature = RunningTemperature()
+    run(temperature, [draw("normal", 64, seed) for seed in range(30)])
+    before, far = temperature.value.item(), draw("normal", 64, 99)
+    far[3] = size
+    run(temperature, [far])
+    assert temperature.value.item() < 3 * before
+    shares = run(temperature, [draw("normal", 64, seed) for seed in range(100, 120)])
+    assert max(shares) < 0.9
+    assert shares[-1] == pytest.approx(0.5, abs=0.15)
 
 
 def test_running_temperature_is_not_moved_by_steps_that_say_nothing():

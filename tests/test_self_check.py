@@ -6,8 +6,9 @@ import torch
 from hf_mimic.self_check import GradientMismatchError, check_gradient, gradient_along
 
 
-def check(found, *, weighted_score=0.5, scale=2.0, norm=3.0, low_precision=False):
-    check_gradient(torch.tensor(found), weighted_score, scale, norm=norm, low_precision=low_precision)
+def check(found, *, weighted_score=0.5, scale=2.0, loss=1.0, norm=3.0, dtype=torch.float32):
+    sums = {"weighted_score": weighted_score, "weighted_absolute_score": scale, "weighted_loss": loss}
+    check_gradient(torch.tensor(found), sums, norm=norm, eps=torch.finfo(dtype).eps)
 
 
 def test_product_with_the_direction():
@@ -30,7 +31,7 @@ def test_low_precision_is_given_ten_times_as_much():
         GradientMismatchError, match=r"must equal -\|\|v\|\| sum w m = -1.5, got -1.4 \(allowed .* 0.03\)"
     ):
         check(-1.4)
-    check(-1.4, low_precision=True)
+    check(-1.4, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("factor", [2, 3, 8])
@@ -49,3 +50,20 @@ def test_scores_that_cancel():
     check(0.0, weighted_score=0.0)
     with pytest.raises(GradientMismatchError, match="A tangent was lost"):
         check(1.0, weighted_score=0.0)
+
+
+def test_a_loss_that_was_divided_is_named():
+    with pytest.raises(GradientMismatchError, match="The gradient is 4 times too small: something scales the loss"):
+        check(-1.5 / 4)
+
+
+def test_losses_made_of_rounding_are_given_more():
+    """1 - p is 1e-6 of rounding 6e-8: the gradient cannot be better than a tenth."""
+    with pytest.raises(GradientMismatchError, match="A tangent was lost"):
+        check(-1.0)
+    check(-1.0, loss=1e-6)
+
+
+def test_what_cannot_change_the_loss_is_not_checked():
+    """The key biases of attention have no gradient: all is rounding."""
+    check(1e-8, weighted_score=1e-9, scale=2e-9, norm=3.0, loss=1.4)
