@@ -99,14 +99,18 @@ def test_auto_temperature_halves_the_effective_batch(vit, tmp_path):
 
 @pytest.mark.parametrize("optimizer", [SGD, {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}])
 @pytest.mark.parametrize("options", [{"strategy": "uniform"}, {"temperature": 1e12}], ids=str)
-def test_equal_weights_are_plain_training_to_the_last_bit(vit, tmp_path, options, optimizer):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_equal_weights_are_plain_training_to_the_last_bit(vit, tmp_path, options, optimizer, accumulated):
+    """Ten optimizer steps."""
     model, _, rows = vit
-    shared = {**QUIET, **optimizer, "num_train_epochs": 3, "train_sampling_strategy": "random", "max_grad_norm": 1.0}
+    shared = {**QUIET, **optimizer, "num_train_epochs": 5, "train_sampling_strategy": "random", "max_grad_norm": 1.0}
+    shared |= {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
     plain = Trainer(copy.deepcopy(model), TrainingArguments(str(tmp_path), **shared), train_dataset=rows)
     plain.train()
     equal = fit(model, tmp_path, rows=rows, **{**shared, **options})
     assert same_weights(equal.model, plain.model)
     assert not same_weights(equal.model, model)
+    assert equal.state.global_step == 10
     other = fit(model, tmp_path / "other", rows=rows, **{**shared, "temperature": 0.1})
     assert distance(other.model, plain.model) > 1e-4
 
