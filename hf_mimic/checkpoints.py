@@ -36,10 +36,26 @@ def unmark(folder: str | Path) -> None:
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def write_run(output_dir: str | Path, run: str) -> None:
-    """Note which run the folder belongs to now: checkpoints of an earlier one may lie beside its own."""
+def write_run(output_dir: str | Path, run: str, superseded: list[str]) -> None:
+    """Note which run the folder belongs to now, and which of its checkpoints are of a future that it left.
+
+    Checkpoints of an earlier run may lie beside its own; a run that is resumed from an earlier checkpoint supersedes
+    the later ones until it writes them anew.
+    """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    _write(Path(output_dir) / RUN_NAME, {"run": run})
+    _write(Path(output_dir) / RUN_NAME, {"run": run, "superseded": superseded})
+
+
+def later_than(output_dir: str | Path, step: int) -> list[str]:
+    """Return the names of the checkpoints after a step."""
+    return [path.name for path in Path(output_dir).glob("checkpoint-*") if (m := _number(path)) and int(m[1]) > step]
+
+
+def renew(folder: Path) -> None:
+    """Note that a checkpoint was written anew."""
+    note = _load(folder.parent / RUN_NAME) or {}
+    if folder.name in note.get("superseded", []):
+        _write(folder.parent / RUN_NAME, {**note, "superseded": [n for n in note["superseded"] if n != folder.name]})
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -81,10 +97,12 @@ def last_complete(output_dir: str | Path) -> str | None:
     """
     found = [(int(m[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (m := _number(path))]
     newest_first = [path for _, path in sorted(found, reverse=True)]
-    run = (_load(Path(output_dir) / RUN_NAME) or {}).get("run")
+    note = _load(Path(output_dir) / RUN_NAME) or {}
+    run, superseded = note.get("run"), note.get("superseded", [])
     readable = [path for path in newest_first if _load(path / TRAINER_STATE_NAME) is not None]
     states = {path: _load(path / STATE_NAME) or {} for path in readable}
-    earlier = [path for path in readable if run and states[path] and states[path].get("run") != run]
+    states = {path: state if set(state) >= _KEYS else {} for path, state in states.items()}
+    earlier = [p for p in readable if run and states[p] and (states[p]["run"] != run or p.name in superseded)]
     own = [path for path in readable if path not in earlier]
     chosen = next((path for path in own if states[path]), next(iter(own), None))
     passed = newest_first[: newest_first.index(chosen) if chosen else None]

@@ -47,7 +47,7 @@ class EpochEnd:
             self._left_over = 0  # batches that the Trainer balances over processes itself
             return
         try:
-            rows = len(loader.get_sampler())
+            rows = len(getattr(batches, "batch_sampler", batches).sampler)
         except TypeError:  # a sampler without a length
             return
         self._left_over = 0 if loader._drop_last else rows % _batch_size(loader, self.accelerator)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -20,9 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 
 from hf_mimic.checkpoints import (
     last_complete,
+    later_than,
     load_weights,
     loads_by_name,
     read_state,
+    renew,
     unmark,
     write_run,
     write_state,
@@ -68,13 +71,15 @@ class ResumingTrainer(Trainer):
 
     # ---- which checkpoint ------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+        named = resume_from_checkpoint and not isinstance(resume_from_checkpoint, bool)
+        self.resumed_from = str(resume_from_checkpoint) if named else None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
+            choice = [last_complete(str(self.args.output_dir)) if self.args.process_index == 0 else None]
+            self.resumed_from = broadcast_object_list(choice)[0]
+            if self.resumed_from is None:
                 raise ValueError(f"{self.args.output_dir} must hold a complete checkpoint to resume from, found none.")
-        self.resumed_from = resume_from_checkpoint or None
         self._saved = read_state(self.resumed_from) if self.resumed_from else {}
         self._run = self._saved.get("run") or uuid.uuid4().hex
         self._phases = list(self._saved.get("phases", []))
@@ -135,7 +140,8 @@ class ResumingTrainer(Trainer):
             begun, batches = begun + 1, 0
         self._place = begun, batches
         if args.max_steps > 0:
-            return values
+            left = args.max_steps - self._saved["step"] + math.ceil(batches / args.gradient_accumulation_steps)
+            return (max(values[0], begun + math.ceil(left / per_epoch)), *values[1:])
         done = begun * per_epoch + math.ceil(batches / args.gradient_accumulation_steps)
         return (*values[:-1], self._saved["step"] + max(math.ceil(num_train_epochs * per_epoch) - done, 0))
 
@@ -174,6 +180,7 @@ class ResumingTrainer(Trainer):
         if not self.args.should_save:
             return
         write_state(folder, self._state())
+        renew(folder)
         # Only now may an older checkpoint go: until here it was the last complete one.
         rotate_checkpoints(
             output_dir=str(folder.parent),
@@ -221,7 +228,7 @@ class _PassCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
-            write_run(args.output_dir, self.trainer._run)
+            write_run(args.output_dir, self.trainer._run, later_than(args.output_dir, state.global_step))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -241,7 +248,8 @@ class _PassCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._pass_ended = True
-        if self._begun_at == (state.global_step, 0) and self.trainer._batches_in_pass:
+        stops = control.should_training_stop or control.should_epoch_stop
+        if self._begun_at == (state.global_step, 0) and self.trainer._batches_in_pass and not stops:
             raise ValueError(
                 f"a pass over the data must fill one optimizer step, got {self.trainer._batches_in_pass} batches and "
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps}. Accumulate fewer, or repeat the stream."

@@ -96,6 +96,8 @@ def all_jobs():
     yield from ((name, "sharded", options) for name, options in jobs_of_shards())
     for kill in (3, 5, 8):  # three steps an epoch of 22 rows
         yield f"resumed {kill}", "resumed", {"kill": kill, "save_steps": 1}
+    order = {"train_sampling_strategy": "sequential"}
+    yield "resumed in order", "resumed", {"kill": 4, "save_steps": 1, **order}
     yield "resumed accumulated", "resumed", {"kill": 3, "save_steps": 1, "gradient_accumulation_steps": 2}
     yield "resumed stream", "resumed", {"kill": 5, "save_steps": 2, "stream": 2, "max_steps": 8}
     dispatch = {"accelerator_config": {"dispatch_batches": True}}
@@ -247,7 +249,7 @@ def test_the_self_check_sees_both_processes(results, split):
 # ---- resuming, and processes that are lost -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["3", "5", "8", "accumulated", "stream"])
+@pytest.mark.parametrize("name", ["3", "5", "8", "in order", "accumulated", "stream"])
 def test_two_processes_resume_exactly(results, name):
     for rank in (0, 1):
         result = results[f"resumed {name}", rank]

@@ -32,7 +32,6 @@ def loader(rows=10, batch=4, *, ended=True, drop_last=False, remainder=-1, datas
     return SimpleNamespace(
         dataset=range(rows) if dataset is None else dataset,
         batch_sampler=BatchSampler(sampler, batch, drop_last),
-        get_sampler=lambda: sampler,
         _drop_last=drop_last,
         end_of_dataloader=ended,
         remainder=remainder,
@@ -124,7 +123,7 @@ def test_a_stream_of_one_batch():
 
 def test_a_sampler_without_a_length():
     source = loader(ended=True, remainder=0)
-    source.get_sampler = object
+    source.batch_sampler.sampler = iter(range(10))
     end = EpochEnd(accelerator(loader=source))
     end.prepared(source)
     end.fetched([{}], None)

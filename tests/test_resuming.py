@@ -419,6 +419,38 @@ def test_killed_again_after_the_batch_size_changed(run, second):
     assert sorted(rows["sample_id"]) == sorted([*range(100, 100 + ROWS)] * 3 + rows["sample_id"][ROWS : ROWS + 8])
 
 
+def test_max_steps_after_the_batch_size_changed(tmp_path):
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, kill=9, max_steps=12, per_device_train_batch_size=22).train()
+    trainer = trainer_of(tmp_path, max_steps=12)
+    with pytest.warns(UserWarning, match="epoch 8 starts over"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
+
+
+def test_checkpoints_of_a_future_that_was_left(tmp_path, whole):
+    """A complete run is resumed from an early checkpoint, and killed: its late checkpoints are not where it was."""
+    trainer_of(tmp_path).train()
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, kill=7).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer = trainer_of(tmp_path)
+    with pytest.warns(UserWarning, match="are of an earlier run; resuming from checkpoint-6"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same_run(trainer, tmp_path, whole())
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-18")
+
+
+def test_stopping_before_the_first_step_of_an_epoch(tmp_path):
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=2)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_more_epochs(run, whole):
     trainer = trainer_of(run, num_train_epochs=4)
     trainer.train(resume_from_checkpoint=True)
