@@ -78,8 +78,8 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         )
     if not list(Path(folder).glob("optimizer*")):
         warnings.warn(f"{folder} has no optimizer state (save_only_model?): the optimizer starts anew.", stacklevel=2)
-    state = _load(Path(folder) / STATE_NAME)
-    if state is not None and set(state) >= _KEYS:
+    state = _marker(Path(folder))
+    if state:
         return state
     warnings.warn(
         f"{folder} has no {STATE_NAME} that can be read: a plain Trainer made it, or its writing was interrupted at the "
@@ -100,8 +100,7 @@ def last_complete(output_dir: str | Path) -> str | None:
     note = _load(Path(output_dir) / RUN_NAME) or {}
     run, superseded = note.get("run"), note.get("superseded", [])
     readable = [path for path in newest_first if _load(path / TRAINER_STATE_NAME) is not None]
-    states = {path: _load(path / STATE_NAME) or {} for path in readable}
-    states = {path: state if set(state) >= _KEYS else {} for path, state in states.items()}
+    states = {path: _marker(path) for path in readable}
     earlier = [p for p in readable if run and states[p] and (states[p]["run"] != run or p.name in superseded)]
     own = [path for path in readable if path not in earlier]
     chosen = next((path for path in own if states[path]), next(iter(own), None))
@@ -142,6 +141,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def _number(path: Path) -> re.Match | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    """Return what `write_state` wrote, empty if there is nothing whole."""
+    state = _load(folder / STATE_NAME) or {}
+    return state if set(state) >= _KEYS else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_mimic.sharding import is_shard
+from hf_mimic.sharding import whole
 
 
 class GradientMismatchError(RuntimeError):
@@ -33,8 +33,7 @@ def gradient_along(direction: Mapping[str, Tensor], parameters: Mapping[str, Ten
         if gradient is None:
             return None
         wide = torch.float32 if gradient.device.type == "mps" else torch.float64
-        term = (gradient.to(wide) * v.to(wide)).sum()
-        terms.append(term.full_tensor() if is_shard(term) else term)
+        terms.append(whole((gradient.to(wide) * v.to(wide)).sum()))
     return torch.stack(terms).sum()
 
 
