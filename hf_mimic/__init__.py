@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_mimic import data, losses, metrics, selection
     from hf_mimic.arguments import MimicTrainingArguments
-    from hf_mimic.filters import ThresholdFilter
+    from hf_mimic.filters import ThresholdFilter, TrustFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
     from hf_mimic.scores import ScoreTable, attach_scores
     from hf_mimic.scoring import score_dataset
@@ -20,6 +20,7 @@ _HOMES = {
     "MimicTrainingArguments": "arguments",
     "ScoreTable": "scores",
     "ThresholdFilter": "filters",
+    "TrustFilter": "filters",
     "attach_scores": "scores",
     "mimic_scores": "mimic",
     "reference_direction": "mimic",
@@ -32,6 +33,7 @@ __all__ = [
     "MimicTrainingArguments",
     "ScoreTable",
     "ThresholdFilter",
+    "TrustFilter",
     "attach_scores",
     "data",
     "losses",

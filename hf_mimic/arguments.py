@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_mimic.checks import check_choice
+from hf_mimic.heads import HEAD_INITS
 from hf_mimic.mimic import DIRECTIONS
 from hf_mimic.selection import STRATEGIES
 
@@ -18,7 +19,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "direction": DIRECTIONS,
     "reweight": ("all", "mimic_layers"),
     "weight_scope": ("global", "device"),
-    "strategy": tuple(STRATEGIES),
+    "strategy": ("auto", *STRATEGIES),
+    "head_init": HEAD_INITS,
+    "on_unhealthy": ("warn", "uniform", "raise"),
 }
 
 
@@ -29,14 +32,23 @@ class MimicTrainingArguments(TrainingArguments):
     Args:
         reference_model: Hub repo id or folder of the reference; only the chosen tensors are read from it.
         reference_revision: Branch, tag or commit of the reference's Hub repo.
-        reference_base_model: The checkpoint that the reference was fine-tuned from, for direction="task_vector".
+        reference_base_model: The checkpoint that the reference was fine-tuned from, for direction="task_vector"; by
+            default the one that the reference's card names.
         mimic_layers: Parameters to score with: "head", "last_mlp", "last_block", "all", names, suffixes or regular
             expressions.
         direction: "current" (reference minus present weights, the paper's), "start" (minus the weights at the start)
             or "task_vector" (reference minus its base).
-        temperature: tau of softmax(score / tau): a positive number, or "auto" for an effective sample size of about
-            half of the samples, from the scores of earlier steps (weight_scope="device": of the micro-batch).
-        strategy: How scores become weights: "mimic", or "uniform" to train plainly and only record.
+        temperature: tau of softmax(score / tau): a positive number, or "auto", from the scores of earlier steps
+            (weight_scope="device": of the micro-batch): an effective sample size of about half of the samples; for
+            strategy="trust" by how much the score agrees with the trust.
+        strategy: How samples get weights: "trust" (the probability that the label is right by the reference's
+            predictions, times what the mimic score adds; runs the reference once over the data), "mimic" (the paper's;
+            the reference is only read), "ref_loss", "rho_loss" (both run the reference), "small_loss", "uniform" (train
+            plainly and only record), or "auto": "trust" where the reference can judge labels, otherwise "mimic".
+        head_init: The head to start with: "keep" the model's, "zero", or the "reference"'s. Heads that were initialised
+            apart turn the mimic score around in full fine-tuning.
+        on_unhealthy: What happens when the mimic score says nothing or has turned around: "warn", "uniform" (warn, and
+            leave it out of the weights as long as it does) or "raise".
         reweight: Which parameters get the weighted gradient: "all", or "mimic_layers" (the others get the plain mean).
         weight_scope: The group over which weights are normalised: "global" (the whole optimizer step: all processes
             and accumulated micro-batches) or "device" (each micro-batch of each process, as in the papers).
@@ -52,7 +64,9 @@ class MimicTrainingArguments(TrainingArguments):
     mimic_layers: list[str] = field(default_factory=lambda: ["head"])
     direction: str = field(default="current")
     temperature: str = field(default="auto")
-    strategy: str = field(default="mimic")
+    strategy: str = field(default="auto")
+    head_init: str = field(default="keep")
+    on_unhealthy: str = field(default="warn")
     reweight: str = field(default="all")
     weight_scope: str = field(default="global")
     sample_id_column: str = field(default="sample_id")

@@ -52,6 +52,7 @@ class ScoreArguments:
         sample_id_column: Integer id column; added if the data set has none.
         batch_size: Samples per forward pass.
         num_workers: Processes that decode images.
+        run_reference: Also run the reference: its loss, and how far it trusts the label. Twice the time.
         output_dir: Where the score shards go.
     """
 
@@ -61,6 +62,7 @@ class ScoreArguments:
     sample_id_column: str = "sample_id"
     batch_size: int = 32
     num_workers: int = 0
+    run_reference: bool = True
     output_dir: str = "scores"
 
 
@@ -74,7 +76,10 @@ class FilterArguments:
         output: Parquet file to write.
         split: Split of the data set.
         sample_id_column: Integer id column; added, in row order, if the data set has none.
-        threshold: Least relative weight (uniform = 1) at most visits; the papers' 1/b is 1.
+        min_trust: Keep by a probability that the label is right of at least this; by default where the highest F1 is
+            expected, if the reference was run.
+        threshold: Keep by a relative weight (uniform = 1) of at least this at most visits instead; the papers' 1/b is 1,
+            and the default where the reference was not run.
         min_score: Keep by a mean mimic score of at least this instead; for scores without training.
         drop_unscored: Leave out rows without a score, such as images that did not decode.
         keep_all: Write every row, with the column `keep`.
@@ -85,7 +90,8 @@ class FilterArguments:
     output: str = "curated.parquet"
     split: str = "train"
     sample_id_column: str = "sample_id"
-    threshold: float = 1.0
+    min_trust: float | None = None
+    threshold: float | None = None
     min_score: float | None = None
     drop_unscored: bool = False
     keep_all: bool = False

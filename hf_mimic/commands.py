@@ -16,6 +16,8 @@ from hf_mimic.command_arguments import DataArguments, DemoArguments, FilterArgum
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_mimic.scores import ScoreTable
+
 
 def demo(options: DemoArguments) -> str:
     """Score, reweight, record and filter on scikit-learn's digits, without network."""
@@ -62,6 +64,9 @@ def train(options: DataArguments, args: Any) -> str:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
+    verdict = trainer.training.health_report().get("unhealthy")
+    healthy = {None: "not known: too few samples", 0.0: "good", 1.0: "the score says little (see the warning)"}
+    lines |= {"strategy": trainer.strategy, "score's health": healthy[verdict]}
     if evaluation is not None:
         lines["accuracy"] = f"{trainer.evaluate()['eval_accuracy']:.4f}"
     if not trainer.is_world_process_zero():
@@ -71,9 +76,11 @@ def train(options: DataArguments, args: Any) -> str:
 
 def score(options: DataArguments, scoring: ScoreArguments) -> str:
     """Score every sample with the model as it is."""
+    import numpy as np
     import torch
 
     from hf_mimic.mimic import reference_direction
+    from hf_mimic.reference_pass import runnable_tensors
     from hf_mimic.scores import ScoreTable
     from hf_mimic.scoring import score_dataset
 
@@ -88,10 +95,14 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     direction = reference_direction(
         model, scoring.reference_model, scoring.mimic_layers, revision=scoring.reference_revision
     )
+    reference = None
+    if scoring.run_reference:
+        reference = runnable_tensors(model, scoring.reference_model, revision=scoring.reference_revision)
     table = score_dataset(
         model,
         _transformed(rows, processor, options),
         direction,
+        reference=reference,
         batch_size=scoring.batch_size,
         sample_id_column=scoring.sample_id_column,
         num_workers=scoring.num_workers,
@@ -102,16 +113,12 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
         print(f"{scoring.output_dir} held earlier scores; they are now in {moved}")
     stored.extend(table)
     stored.flush()
-    values = table.aggregate()["mimic_score"].to_numpy()
-    return _table(
-        {
-            "samples": len(values),
-            "mean score": f"{values.mean():.4g}",
-            "negative": f"{(values < 0).mean():.1%}",
-            "layers": f"{len(direction)} tensors, {sum(v.numel() for v in direction.values()):,} parameters",
-            "scores": scoring.output_dir,
-        }
-    )
+    values, trust = (table.aggregate()[name].to_numpy() for name in ("mimic_score", "trust"))
+    lines = {"samples": len(values), "mean score": f"{values.mean():.4g}", "negative": f"{(values < 0).mean():.1%}"}
+    if np.isfinite(trust).any():
+        lines["labels probably wrong"] = f"{1 - np.nanmean(trust):.1%}"
+    lines["layers"] = f"{len(direction)} tensors, {sum(v.numel() for v in direction.values()):,} parameters"
+    return _table({**lines, "scores": scoring.output_dir})
 
 
 def filter_rows(options: FilterArguments) -> str:
@@ -119,7 +126,6 @@ def filter_rows(options: FilterArguments) -> str:
     import numpy as np
 
     from hf_mimic.data import load_rows
-    from hf_mimic.filters import ThresholdFilter
     from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 
     _check_output(options)
@@ -133,10 +139,7 @@ def filter_rows(options: FilterArguments) -> str:
             f"the data set must be the one that was scored: ids are its row numbers, up to {len(rows) - 1}, but the "
             f"scores have an id {highest}. Give the same data set and split."
         )
-    if options.min_score is None:
-        keep = ThresholdFilter(options.threshold).fit_predict(table)
-    else:
-        keep = ~(table.aggregate()["mimic_score"].to_numpy() < options.min_score)  # without a score: kept
+    rule, keep = _keep(options, table)
     scored = attach_scores(rows, table, keep=keep, sample_id_column=options.sample_id_column)
     decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
     kept = np.asarray(decided.fill_null(not options.drop_unscored))
@@ -151,9 +154,29 @@ def filter_rows(options: FilterArguments) -> str:
             "rows": len(rows),
             "without a score": f"{decided.null_count} ({'left out' if options.drop_unscored else 'kept'})",
             "kept": f"{kept.sum()} ({share})",
+            "rule": rule,
             "written": options.output,
         }
     )
+
+
+def _keep(options: FilterArguments, table: ScoreTable) -> tuple[str, Any]:
+    """Return the rule in words, and what it keeps."""
+    from hf_mimic.filters import ThresholdFilter, TrustFilter, has_trust
+
+    given = [n for n in ("min_trust", "threshold", "min_score") if getattr(options, n) is not None]
+    if len(given) > 1:
+        raise ValueError(f"one rule must decide, got {' and '.join(f'--{name}' for name in given)}. Choose one.")
+    if options.min_score is not None:  # without a score: kept
+        return f"mimic score >= {options.min_score:g}", ~(
+            table.aggregate()["mimic_score"].to_numpy() < options.min_score
+        )
+    if given == ["threshold"] or (not given and not has_trust(table)):
+        weights = ThresholdFilter(1.0 if options.threshold is None else options.threshold)
+        return f"relative weight >= {weights.threshold:g} at most visits", weights.fit_predict(table)
+    trust = TrustFilter("f1" if options.min_trust is None else options.min_trust)
+    keep = trust.fit_predict(table)
+    return f"trust >= {trust.min_trust_:.3f}", keep
 
 
 def _check_output(options: FilterArguments) -> None:

@@ -19,9 +19,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.data import add_label_noise, add_sample_ids
-from hf_mimic.filters import ThresholdFilter
+from hf_mimic.filters import ThresholdFilter, TrustFilter, has_trust
 from hf_mimic.metrics import detection
-from hf_mimic.scores import ScoreTable, attach_scores
+from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 from hf_mimic.trainer import MimicTrainer
 
 if TYPE_CHECKING:
@@ -123,10 +123,11 @@ def run_story(
     options = {**story.options, "seed": seed, "reference_model": str(output_dir / "reference"), **story.mimic_options}
     trainer = _train(MimicTrainer, base, MimicTrainingArguments, story.noisy, output_dir, options)
     tick(None)
-    keep = ThresholdFilter().fit_predict(trainer.scores)
+    rule = TrustFilter() if has_trust(trainer.scores) else ThresholdFilter()
+    keep = rule.fit_predict(trainer.scores)
     scored = attach_scores(story.noisy, trainer.scores, keep=keep)
     kept = scored.select(np.flatnonzero(_column(scored, "keep")))
-    curated = train(base, kept.remove_columns(["loss"]), "curated")
+    curated = train(base, kept.remove_columns([name for name in ATTACHED if name in kept.column_names]), "curated")
 
     kept.with_format(None).to_parquet(output_dir / "curated.parquet")
     save_figure(
@@ -136,11 +137,14 @@ def run_story(
     results: dict[str, Any] = {
         f"accuracy {name}": accuracy_of(model, story.test, output_dir) for name, model in models.items()
     }
-    ours = detection(wrong, score=_column(scored, "mimic_score"), keep=_column(scored, "keep"))
-    results |= {f"{name} mimic": value for name, value in ours.items()}
+    keep = _column(scored, "keep")
+    for name in ("trust", "mimic_score"):
+        if name in scored.column_names:
+            results[f"auroc {name}"] = detection(wrong, score=_column(scored, name))["auroc"]
     loss = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels), reduction="none")
     theirs = detection(wrong, score=-loss.numpy(), keep=agrees)
-    results |= {"auroc reference's loss": theirs["auroc"], "f1 reference's argmax": theirs["f1"]}
+    results |= {"auroc reference's loss": theirs["auroc"], "f1 filter": detection(wrong, keep=keep)["f1"]}
+    results["f1 reference's argmax"] = theirs["f1"]
     return results
 
 

@@ -1,6 +1,6 @@
 """Stage 2: scores in, keep mask out, with scikit-learn's contract: `fit`, `predict`, `fit_predict`, `get_params`.
 
-`ThresholdFilter` is the papers' `1/b` rule, voted over the epochs.
+`TrustFilter` keeps what is probably labelled right; `ThresholdFilter` is the papers' `1/b` rule, voted over the epochs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,72 @@ import numpy as np
 from sklearn.base import BaseEstimator
 
 from hf_mimic.scores import ScoreTable
+from hf_mimic.trust import most_f1
+
+
+class TrustFilter(BaseEstimator):
+    """Keep a sample whose trust, P(the label is right), is high enough.
+
+    A sample without a trust is kept: there is no evidence against it.
+
+    Args:
+        min_trust: The least trust; "f1" takes the one with the highest expected F1 of finding the wrong labels.
+
+    References:
+        Lipton et al., arXiv 1402.1892, for "f1".
+    """
+
+    def __init__(self, min_trust: float | str = "f1") -> None:
+        self.min_trust = min_trust
+
+    def fit(self, scores: ScoreTable | np.ndarray, y: Any = None) -> TrustFilter:
+        """Choose `min_trust_`.
+
+        Args:
+            scores: What `predict` takes.
+            y: Not used.
+        """
+        if self.min_trust == "f1":
+            trust = _trust(scores)
+            self.min_trust_ = most_f1(trust[~np.isnan(trust)])
+            return self
+        if isinstance(self.min_trust, str) or not 0 <= self.min_trust <= 1:
+            raise ValueError(
+                f'`min_trust` must be in [0, 1] or "f1", got {self.min_trust!r}. Use 0.5 for more likely right.'
+            )
+        self.min_trust_ = float(self.min_trust)
+        return self
+
+    def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
+        """Return what to keep.
+
+        Args:
+            scores: A `ScoreTable`, or trust (N,), NaN where there is none.
+
+        Returns:
+            Booleans (N,); for a table in the order of `scores.aggregate()`.
+        """
+        return ~(_trust(scores) < self.min_trust_)
+
+    def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
+        """Return `fit(scores).predict(scores)`."""
+        return self.fit(scores).predict(scores)
+
+
+def has_trust(scores: ScoreTable) -> bool:
+    """Return whether the reference was run on any of the samples."""
+    return scores.to_arrow()["ref_trust"].null_count < len(scores)
+
+
+def _trust(scores: ScoreTable | np.ndarray) -> np.ndarray:
+    values = scores.aggregate()["trust"].to_numpy() if isinstance(scores, ScoreTable) else scores
+    trust = np.asarray(values, dtype=float)
+    if not np.isfinite(trust).any():
+        raise ValueError(
+            "the trust filter must have a trust, got none: the reference was not run on the samples. Train with "
+            'strategy="trust", or use `ThresholdFilter`.'
+        )
+    return trust
 
 
 class ThresholdFilter(BaseEstimator):

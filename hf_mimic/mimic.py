@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_mimic.base_model import find_base_model, read_base_tensors
 from hf_mimic.checks import check_choice
 from hf_mimic.forward_ad import dual_parameters, primal_of, strip, tangent_of
 from hf_mimic.layers import match_parameters
@@ -49,7 +50,8 @@ class MimicDirection:
     """The direction v of the mimic score while training runs.
 
     `"current"` is the paper's theta_ref - theta_t, `"start"` theta_ref - theta_0, `"task_vector"` theta_ref -
-    theta_base with the base checkpoint that the reference was fine-tuned from. Only the chosen tensors are kept.
+    theta_base with the base checkpoint that the reference was fine-tuned from (by default the one that its card names; a
+    head that the base has not counts as 0). Only the chosen tensors are kept.
 
     References:
         Mimic Score, arXiv 2501.06708; task vectors, arXiv 2212.04089.
@@ -67,10 +69,7 @@ class MimicDirection:
     ) -> None:
         check_choice("direction", kind, DIRECTIONS)
         if kind == "task_vector" and base is None:
-            raise ValueError(
-                'direction="task_vector" needs `reference_base_model`, the checkpoint that the reference was '
-                'fine-tuned from. Name it, or use direction="current" or "start".'
-            )
+            base = find_base_model(reference, revision=revision)
         self.kind = kind
         reshard(model)
         self.names = match_parameters(model, layers)
@@ -86,7 +85,7 @@ class MimicDirection:
         if kind == "start":
             self.tensors = dict(_Difference(self.tensors, self.parameters))
         elif kind == "task_vector":
-            origin = read_tensors(base, model, self.names)  # type: ignore[arg-type]
+            origin = read_base_tensors(base, model, self.names, self.tensors)  # type: ignore[arg-type]
             self.tensors = dict(_Difference(self.tensors, self._like_parameters(origin)))
 
     def __call__(self) -> Mapping[str, Tensor]:

@@ -6,35 +6,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hf_mimic.weights import Gather, OnlineSoftmax, StepSums
+from hf_mimic.weights import Gather, OnlineSoftmax, StepSums, Weighed
 
 
 @dataclass(frozen=True)
 class Visit:
     """The samples of one micro-batch; `kept` (B,) marks those that are no repetition, `valid` (B,) the scored ones.
 
-    `losses`, `scores` and `logits` (the log-weights) have one value per scored sample (b,), without graph.
+    `samples` and `ref_losses` have one value per scored sample (b,), without graph.
     """
 
     epoch: int
     ids: Tensor | None
     kept: Tensor
     valid: Tensor
-    losses: Tensor
-    scores: Tensor
-    logits: Tensor
+    samples: Weighed
+    ref_losses: Tensor | None = None
 
     def values(self, softmax: OnlineSoftmax) -> dict[str, Tensor]:
         """Return the columns of the score table for the kept samples; not a number where a value is not known."""
         count = softmax.sums.count
         # A sample alone in its group has no one to compare with: its weight says nothing.
-        relative = torch.where(count > 1, softmax.normalise(self.logits) * count, torch.nan)
-        columns = {"loss": self.losses, "mimic_score": self.scores, "relative_weight": relative}
+        samples = self.samples
+        relative = torch.where(count > 1, softmax.normalise(samples.logits) * count, torch.nan)
+        columns = {"loss": samples.losses, "mimic_score": samples.scores, "relative_weight": relative}
+        reference = {"ref_loss": self.ref_losses, "ref_trust": samples.trust}
+        columns |= {name: value for name, value in reference.items() if value is not None}
         filled = {}
         for name, value in columns.items():
             missing = 0.0 if name == "relative_weight" else torch.nan  # a sample that was left out weighed nothing
@@ -68,14 +70,15 @@ class OptimizerStep:
                 ends in the middle of a step goes on with a whole step's worth.
             gather: See `OnlineSoftmax.add`.
         """
-        logits = visit.logits if self.weighted else torch.zeros_like(visit.logits)
+        samples = visit.samples
+        samples = samples if self.weighted else replace(samples, logits=torch.zeros_like(samples.logits))
         factor: Tensor | float | None
         if self.scope == "global":
-            weights, factor = self._softmax.add(logits, visit.losses, visit.scores, gather=gather)
+            weights, factor = self._softmax.add(samples, gather=gather)
             self._visits.append((visit, self._softmax))
             return weights, factor
         softmax, before, self._expected = OnlineSoftmax(), self._expected, len(self._visits) + left
-        weights, _ = softmax.add(logits, visit.losses, visit.scores, gather=alone)
+        weights, _ = softmax.add(samples, gather=alone)
         self._visits.append((visit, softmax))
         return weights / self._expected, before / self._expected if before not in (0, self._expected) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,23 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.
 
 
 def read_tensors(
-    reference: Reference, model: nn.Module, names: Iterable[str], *, revision: str | None = None
+    reference: Reference,
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    revision: str | None = None,
+    optional: Collection[str] = (),
+    same_labels: bool = True,
 ) -> dict[str, Tensor]:
     """Read the tensors of `reference` that belong to the named parameters of `model`.
 
     Args:
         reference: A Hub repo id, a folder, a model, or a state dict with the model's own names.
         model: The student; tells under which names and shapes to look.
-        names: Parameter names of `model`.
+        names: Parameter (or stored buffer) names of `model`.
         revision: Branch, tag or commit of the Hub repo.
+        optional: Those of them that the reference may lack, or have in another shape: they are left out then.
+        same_labels: Whether its labels must be in the model's order.
 
     Returns:
         Name to tensor on the CPU (or where the given model has it), of the shape of the student's parameter.
@@ -54,16 +62,21 @@ def read_tensors(
     names, aliases = list(names), _aliases(model)
     wanted = [alias for name in names for alias in aliases[name]]
     if isinstance(reference, (str, Path)):
-        check_labels(model, read_config(reference, revision=revision), str(reference))
+        if same_labels:
+            check_labels(model, read_config(reference, revision=revision), str(reference))
         found = _read_files(reference, model, wanted, revision)
     else:
         source = reference if isinstance(reference, nn.Module) else model
         if isinstance(reference, nn.Module):
-            check_labels(model, getattr(getattr(reference, "config", None), "to_dict", dict)(), "the reference")
-            reference = dict(reference.named_parameters(remove_duplicate=False))
+            if same_labels:
+                check_labels(model, getattr(getattr(reference, "config", None), "to_dict", dict)(), "the reference")
+            reference = stored_tensors(reference)
         stored = {_without_peft(name, source): tensor.detach() for name, tensor in reference.items()}
         found = {name: stored[_without_peft(name, model)] for name in wanted if _without_peft(name, model) in stored}
     found = {name: found[alias] for name in names for alias in reversed(aliases[name]) if alias in found}
+    own = stored_tensors(model)
+    found = {n: t for n, t in found.items() if n not in optional or t.shape == own[n].shape}
+    names = [name for name in names if name in found or name not in optional]
     _check_shapes(found, model, names, reference if isinstance(reference, (str, Path)) else "the reference")
     return found
 
@@ -71,13 +84,13 @@ def read_tensors(
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """Return parameter name to all names of that parameter, its own first: a checkpoint stores a tied one once."""
     by_id: dict[int, list[str]] = defaultdict(list)
-    named = _tensors(model)
+    named = stored_tensors(model)
     for name, parameter in named.items():
         by_id[id(parameter)].append(name)
     return {name: sorted(by_id[id(p)], key=lambda alias: alias != name) for name, p in named.items()}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return name to parameter or stored buffer: a checkpoint is read by the same rules.
 
     NOTE: `state_dict` names parameters without FSDP's checkpoint wrappers, `named_parameters` with them.
@@ -89,7 +102,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def read_config(reference: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """Return the reference's `config.json` as a dict, empty where there is none (an adapter's repo)."""
-    path = _find(reference, "config.json", revision)
+    path = find_file(reference, "config.json", revision)
     return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -113,7 +126,7 @@ def check_labels(model: nn.Module, config: Mapping[str, Any], reference: str) ->
 
 
 def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str], reference: Any) -> None:
-    shapes = {name: tuple(p.shape) for name, p in _tensors(model).items()}
+    shapes = {name: tuple(p.shape) for name, p in stored_tensors(model).items()}
     wrong = [f"{n}: not in the reference" for n in names if n not in found]
     wrong += [
         f"{n}: {shapes[n]} here, {tuple(found[n].shape)} in the reference"
@@ -131,7 +144,7 @@ def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _find(reference: str | Path, name: str, revision: str | None) -> Path | None:
+def find_file(reference: str | Path, name: str, revision: str | None) -> Path | None:
     """Return the local path of one file of a folder or Hub repo (downloaded if needed), or None."""
     if Path(reference).is_dir():
         path = Path(reference) / name
@@ -157,11 +170,11 @@ def _exists(reference: str | Path, name: str, revision: str | None) -> bool:
 
 def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, str]:
     """Return tensor name to file name, from the index of a sharded checkpoint or the header of a single file."""
-    index = _find(reference, "model.safetensors.index.json", revision)
+    index = find_file(reference, "model.safetensors.index.json", revision)
     if index is not None:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     for name in _WEIGHTS:
-        path = _find(reference, name, revision)
+        path = find_file(reference, name, revision)
         if path is not None:
             with _open(path) as file:
                 return dict.fromkeys(file.keys(), name)
@@ -195,7 +208,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
         by_file[files[stored]].append(stored)
     tensors: dict[str, Tensor] = {}
     for name, stored_names in sorted(by_file.items()):
-        path = _find(reference, name, revision)
+        path = find_file(reference, name, revision)
         if path is None:
             raise FileNotFoundError(f"{reference} lists {name} in its index but does not have it.")
         with _open(path) as file:
@@ -214,7 +227,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
 
 def _stored_names(model: nn.Module, stored: list[str]) -> list[tuple[Any, list[str], list[str]]]:
     """Match the names in a checkpoint to the model's: (converter or None, model names, stored names) per match."""
-    own = list(_tensors(model))
+    own = list(stored_tensors(model))
     plain = {_without_peft(name, model): name for name in own}
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     direct = {key: plain[_without_peft(key)] for key in stored if _without_peft(key) in plain}

@@ -14,12 +14,22 @@ from torch import Tensor, nn
 
 from hf_mimic.engine import rescale
 from hf_mimic.finite import finite_forward, no_gradient, without_trace
+from hf_mimic.health import Health, HealthWatch
 from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
-from hf_mimic.selection import STRATEGIES, BatchSignals, RunningTemperature, auto_temperature
+from hf_mimic.selection import (
+    STRATEGIES,
+    BatchSignals,
+    EvidenceTemperature,
+    RunningTemperature,
+    auto_temperature,
+    scaled_part,
+)
 from hf_mimic.self_check import check_gradient, gradient_along
 from hf_mimic.step_log import StepLog
+from hf_mimic.weights import Weighed
 
+_LOOK_EVERY = 10  # optimizer steps between two looks at the health: each waits for the device
 _PATIENCE = 10  # optimizer steps in a row without one finite sample, after which training has diverged
 
 
@@ -32,7 +42,11 @@ class ScoredTraining:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
-        self.temperature, self.log = RunningTemperature(), StepLog()
+        self.strategy: str = trainer.strategy
+        evidence = trainer.strategy == "trust"
+        self.temperature = EvidenceTemperature() if evidence else RunningTemperature()
+        self.log, self.health = StepLog(), Health()
+        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain)
         self._micro_batches: list[Mapping[str, Any]] = []
         self._taken = self._barren_steps = self._steps = 0
         self._barren: bool
@@ -40,17 +54,20 @@ class ScoredTraining:
         self._norm: Any
         self._new_step()
 
-    def state(self) -> dict[str, float]:
-        """Return the running temperature for a checkpoint; empty before its first step."""
+    def state(self) -> dict[str, dict[str, float]]:
+        """Return the running temperature and the health for a checkpoint; empty before the first step."""
         variance, shape = self.temperature.variance, self.temperature.shape
-        return {} if variance is None or shape is None else {"variance": float(variance), "shape": float(shape)}
+        known = variance is not None and shape is not None
+        temperature = {"variance": float(variance), "shape": float(shape)} if known else {}  # type: ignore[arg-type]
+        return {"temperature": temperature, "health": self.health.state()}
 
-    def resume(self, temperature: Mapping[str, float]) -> None:
-        """Go on with the running temperature of a checkpoint."""
+    def resume(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Go on with the running temperature and the health of a checkpoint."""
         parameter = next(self.trainer.model.parameters())
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        for name, value in temperature.items():
-            setattr(self.temperature, name, torch.tensor(value, dtype=wide, device=parameter.device))
+        like = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
+        for name, value in state.get("temperature", {}).items():
+            setattr(self.temperature, name, like.new_tensor(value))
+        self.health.resume(state.get("health", {}), like)
 
     def begin(self, micro_batches: list[Mapping[str, Any]]) -> None:
         """Take note of the micro-batches that follow."""
@@ -99,7 +116,10 @@ class ScoredTraining:
             self._record()
         if self.args.weight_scope == "global":
             sums = groups[0][0]
-            self.temperature.update(sums.score_variance, sums.effective_sample_size / sums.count, sums.count)
+            evidence = isinstance(self.temperature, EvidenceTemperature)
+            told = sums.trust_correlation if evidence else sums.effective_sample_size / sums.count
+            self.temperature.update(sums.signal_variance, told, sums.count)
+        self._look_after(groups)
         self.log.add(groups, self._norm, self._nonfinite)
         # All processes see the same only where weights are shared: they must end together.
         shared = self.args.weight_scope == "global" or self.engine.processes == 1
@@ -113,6 +133,16 @@ class ScoredTraining:
         self._steps += 1
         self._new_step()
         return torch.as_tensor(share["weighted_loss"]).float()
+
+    def health_report(self) -> dict[str, float]:
+        """Return what the log says about the score's health."""
+        apart = self.args.weight_scope == "device" and self.engine.processes > 1
+        return self.health.report(self.engine.gather if apart else None)
+
+    def _look_after(self, groups: list) -> None:
+        self.health.update(groups)
+        if self._steps % _LOOK_EVERY == _LOOK_EVERY - 1:
+            self.watch.look(self.health_report())
 
     # ---- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -145,19 +175,39 @@ class ScoredTraining:
         elif kept is not None:
             losses, scores = losses[kept[valid]], scores[kept[valid]]
         everything = torch.ones_like(valid) if kept is None else kept
-        plain = losses.detach().to(scores.dtype)
-        logits = self._logits(BatchSignals(plain, scores))
-        epoch = self.trainer.current_pass
-        return Visit(epoch, ids, everything, valid & everything, plain, scores, logits), losses
+        scored = valid & everything
+        signals = self._signals(losses.detach().to(scores.dtype), scores, ids, scored)
+        part = scaled_part(self.strategy, signals)
+        samples = Weighed(self._logits(signals), signals.losses, scores, part, signals.ref_trust)
+        return Visit(self.trainer.current_pass, ids, everything, scored, samples, signals.ref_losses), losses
+
+    def _signals(self, losses: Tensor, scores: Tensor, ids: Tensor | None, scored: Tensor) -> BatchSignals:
+        """Join what the reference says of the scored ones among the samples `ids` (B,)."""
+        reference = self.trainer.reference_scores
+        if reference is None or ids is None:
+            return BatchSignals(losses, scores)
+        found = (values.to(scores) for values in reference.lookup(ids[scored] if len(losses) else ids[:0]))
+        return BatchSignals(losses, scores, *found)
 
     def _logits(self, signals: BatchSignals) -> Tensor:
         tau: Any = self.args.tau
         if tau == "auto" and len(signals.mimic_scores):
             if self.args.weight_scope == "device":
-                tau = auto_temperature(signals.mimic_scores)
+                tau = self._own_temperature(signals)
             else:
                 tau = 1.0 if self.temperature.variance is None else self.temperature.value
-        return STRATEGIES[self.args.strategy](signals, temperature=1.0 if isinstance(tau, str) else tau)
+        tau = 1.0 if isinstance(tau, str) else tau
+        if self.args.on_unhealthy == "uniform" and self.strategy in ("mimic", "trust"):
+            tau = torch.where(self.health.unhealthy.to(signals.losses.device), torch.inf, tau)
+        return STRATEGIES[self.strategy](signals, temperature=tau)
+
+    def _own_temperature(self, signals: BatchSignals) -> Tensor:
+        """Return the automatic temperature from a micro-batch alone."""
+        if self.strategy != "trust":
+            return auto_temperature(scaled_part(self.strategy, signals))
+        temperature = EvidenceTemperature()
+        temperature.start(signals.mimic_scores, signals.ref_trust)
+        return temperature.value
 
     def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
@@ -189,11 +239,16 @@ class ScoredTraining:
             for number, inputs in enumerate(micro_batches, 1):
                 batch: Any = trainer._prepare_inputs(dict(inputs))
                 ids = batch.pop(column, None)
-                scores = mimic_forward(trainer.model, batch, trainer.direction(), trainer.loss_fn).scores
+                forward = mimic_forward(trainer.model, batch, trainer.direction(), trainer.loss_fn)
+                scores, losses = forward.scores, forward.losses.to(forward.scores.dtype)
                 kept = trainer.epoch_end.kept(len(scores), ids, last=number == len(micro_batches))
-                found.append(scores if kept is None else scores[kept])
-        scores = self.engine.gather_unequal(torch.cat(found))
-        self.temperature.start(scores[scores.isfinite()])
+                signals = self._signals(losses, scores, ids, torch.ones_like(scores, dtype=torch.bool))
+                trust = scores if signals.ref_trust is None else signals.ref_trust
+                pair = torch.stack([scaled_part(self.strategy, signals), trust])
+                found.append(pair if kept is None else pair[:, kept])
+        parts, trust = (self.engine.gather_unequal(row) for row in torch.cat(found, 1))
+        finite = parts.isfinite()
+        self.temperature.start(parts[finite], trust[finite])
 
     def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator

@@ -21,18 +21,11 @@ from hf_mimic.files import write_atomically
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.int64()),
-        ("epoch", pa.int32()),
-        ("step", pa.int64()),
-        ("loss", pa.float32()),
-        ("mimic_score", pa.float32()),
-        ("relative_weight", pa.float32()),
-    ]
-)
-VALUES = ("mimic_score", "relative_weight", "loss")
-ATTACHED = (*VALUES, "n_visits", "keep")
+VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust")
+_KEYS = [("sample_id", pa.int64()), ("epoch", pa.int32()), ("step", pa.int64())]
+SCHEMA = pa.schema(_KEYS + [(name, pa.float32()) for name in VALUES])
+ATTACHED = ("trust", *VALUES, "n_visits", "keep")
+_OF_THE_REFERENCE = ("trust", "ref_loss", "ref_trust")
 _SHARDS = "steps-*-rank-*.parquet"
 
 
@@ -165,15 +158,22 @@ class ScoreTable:
         return Dataset(self.to_arrow())
 
     def aggregate(self) -> pa.Table:
-        """Return one row per sample, ordered by id: the mean of each value over its visits, and `n_visits`.
+        """Return one row per sample, ordered by id: `trust`, the mean of each value over its visits, and `n_visits`.
 
-        `n_visits` counts the visits that gave a score; a mean over no value is null.
+        `trust` is P(the label is right): the reference's, together with what mimic score and loss say; null where the
+        reference was not run. `n_visits` counts the visits that gave a score; a mean over no value is null.
         """
         wanted = [(name, "mean") for name in VALUES] + [("mimic_score", "count")]
         grouped = self.to_arrow().group_by("sample_id").aggregate(wanted).sort_by("sample_id")
         columns = [grouped[f"{name}_mean"].cast(pa.float32()) for name in VALUES]
+        scores, losses, trust = (columns[VALUES.index(n)].to_numpy() for n in ("mimic_score", "loss", "ref_trust"))
+        if np.isfinite(trust).any():
+            from hf_mimic.trust import combine
+
+            trust = combine(trust, np.stack([scores, -losses], 1)).astype(np.float32)
         return pa.table(
-            [grouped["sample_id"], *columns, grouped["mimic_score_count"]], names=["sample_id", *VALUES, "n_visits"]
+            [grouped["sample_id"], pa.array(trust, mask=np.isnan(trust)), *columns, grouped["mimic_score_count"]],
+            names=["sample_id", "trust", *VALUES, "n_visits"],
         )
 
     def __len__(self) -> int:
@@ -236,7 +236,9 @@ def attach_scores(
     keep: Sequence[bool] | np.ndarray | None = None,
     sample_id_column: str = "sample_id",
 ) -> Dataset:
-    """Return the data set with the columns `mimic_score`, `relative_weight`, `loss`, `n_visits`, and `keep` if given.
+    """Return the data set with the columns of `ScoreTable.aggregate`, and `keep` if given.
+
+    `trust`, `ref_loss` and `ref_trust` are left out where the reference was not run.
 
     No image is decoded. Rows are joined by id; a row without a score gets null and `n_visits` 0.
 
@@ -250,7 +252,8 @@ def attach_scores(
         ValueError: If a column of that name is already there, no id matches, or `keep` has another length.
     """
     scores = table.aggregate()
-    names = [name for name in ATTACHED if name != "keep" or keep is not None]
+    absent = {name for name in _OF_THE_REFERENCE if scores[name].null_count == len(scores)}
+    names = [name for name in ATTACHED if name not in absent and (name != "keep" or keep is not None)]
     taken = [name for name in names if name in dataset.column_names]
     if taken:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.losses import PerSampleLoss, loss_for_model
 from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
+from hf_mimic.reference import Reference
+from hf_mimic.reference_pass import runnable_tensors, score_reference
 from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ def score_dataset(
     dataset: Dataset,
     direction: Mapping[str, Tensor],
     *,
+    reference: Reference | None = None,
     loss_fn: PerSampleLoss | None = None,
-    data_collator: Callable | None = None,
     batch_size: int = 32,
     sample_id_column: str = SAMPLE_ID,
     **loader_options: Any,
@@ -39,22 +41,25 @@ def score_dataset(
         model: The student, on its device; it runs in eval mode.
         dataset: Rows as the model takes them (or with a transform that makes them so), with unique integer ids.
         direction: Parameter name to v, from `reference_direction`.
+        reference: Hub repo id, folder, model or state dict; if given, the reference is run too, for another forward pass
+            over the data set: `ref_loss`, and `ref_trust` where the model classifies.
         loss_fn: (outputs, batch) -> (B,); by default the loss that the model is trained with.
-        data_collator: By default transformers' `default_data_collator`.
         batch_size: Samples per forward pass; contrastive losses depend on it.
         sample_id_column: Name of the id column.
-        **loader_options: Of the `DataLoader`, `num_workers` for instance.
+        **loader_options: Of the `DataLoader`, `num_workers` for instance; `collate_fn` is transformers'
+            `default_data_collator` by default.
 
     Returns:
         One row per sample, in memory.
 
     Raises:
-        ValueError: If ids are missing or repeated, or an image does not decode (its row is named).
+        ValueError: If ids are missing or repeated, an image does not decode (its row is named), or the reference lacks
+            a tensor that it must have to be run.
     """
     from tqdm.auto import tqdm
     from transformers import default_data_collator
 
-    collate = SampleIdCollator(data_collator or default_data_collator, sample_id_column)
+    collate = SampleIdCollator(loader_options.pop("collate_fn", default_data_collator), sample_id_column)
     loader = torch.utils.data.DataLoader(
         SampleIdDataset(dataset, read_sample_ids(dataset, sample_id_column), sample_id_column),
         batch_size=batch_size,
@@ -67,13 +72,33 @@ def score_dataset(
         warnings.warn(
             "the reference equals the model in the chosen layers (||v|| = 0): every score is 0.", stacklevel=2
         )
-    table = ScoreTable()
+    table, judged = ScoreTable(), None
+    if reference is not None:
+        tensors = runnable_tensors(model, reference)
+        batches = _Moved(loader, device)
+        judged = score_reference(model, tensors, batches, loss_fn, sample_id_column=sample_id_column)
     with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):
             ids = batch.pop(sample_id_column)
             forward = mimic_forward(model, _to(batch, device), direction, loss_fn)
-            table.record(ids, epoch=0, step=step, loss=forward.losses, mimic_score=forward.scores)
+            values = {"loss": forward.losses, "mimic_score": forward.scores}
+            if judged is not None:
+                values |= dict(zip(("ref_loss", "ref_trust"), judged.lookup(ids), strict=True))
+            table.record(ids, epoch=0, step=step, **values)
     return table
+
+
+class _Moved:
+    """A loader whose batches are moved to a device; it has its length for the progress bar."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (_to(batch, self.device) for batch in self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

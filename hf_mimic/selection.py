@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,16 @@ _LARGEST_JUMP = 25.0  # of the scores' variance from one step to the next
 
 @dataclass(frozen=True)
 class BatchSignals:
-    """What is known about samples when their weights are chosen: tensors (B,), without graph."""
+    """What is known about samples when their weights are chosen: tensors (B,), without graph.
+
+    `ref_losses` (the reference's own loss) and `ref_trust` (P(label is right) by the reference's predictions) are there
+    for strategies that run the reference; NaN for a sample that it has not seen.
+    """
 
     losses: Tensor
     mimic_scores: Tensor
+    ref_losses: Tensor | None = None
+    ref_trust: Tensor | None = None
 
 
 def mimic(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -53,6 +60,65 @@ def uniform(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tens
     return torch.zeros_like(signals.mimic_scores)
 
 
+def trust(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Weight by the probability that the label is right, times what the mimic score adds: w ~ p exp(m / tau).
+
+    p is `LabelNoiseModel`'s, from the reference's predictions on the whole data set; no less than exp(-8). A sample
+    that the reference has not seen counts as right.
+
+    Args:
+        signals: Of one batch, with `ref_trust`.
+        temperature: tau, in units of the score; infinity leaves the mimic score out.
+
+    Returns:
+        Log-weights log p + m / tau (B,).
+    """
+    known = torch.nan_to_num(_needed(signals.ref_trust, "trust"), nan=1.0)
+    return known.log().clamp_min(-8.0) + signals.mimic_scores / temperature
+
+
+def ref_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Prefer what the reference finds easy: log-weights -l_ref / tau (B,).
+
+    Args:
+        signals: Of one batch, with `ref_losses`.
+        temperature: tau, in units of the loss.
+    """
+    return -torch.nan_to_num(_needed(signals.ref_losses, "ref_loss")) / temperature
+
+
+def rho_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Prefer what can still be learned: log-weights (l - l_ref) / tau (B,), the reducible holdout loss.
+
+    Args:
+        signals: Of one batch, with `ref_losses`.
+        temperature: tau, in units of the loss.
+
+    References:
+        RHO-loss, arXiv 2206.07137 (which keeps the top of a batch instead of weighting it).
+    """
+    return (signals.losses - torch.nan_to_num(_needed(signals.ref_losses, "rho_loss"))) / temperature
+
+
+def small_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Prefer what the model itself finds easy: log-weights -l / tau (B,).
+
+    Args:
+        signals: Of one batch.
+        temperature: tau, in units of the loss.
+
+    References:
+        Co-teaching, arXiv 1804.06872 (which keeps the smallest losses instead of weighting them).
+    """
+    return -signals.losses / temperature
+
+
+def _needed(values: Tensor | None, strategy: str) -> Tensor:
+    if values is None:
+        raise ValueError(f'strategy="{strategy}" needs what the reference says of the samples, got none.')
+    return values
+
+
 class RunningTemperature:
     """tau from the scores of earlier steps: scale-free, and the same however a step is split.
 
@@ -73,12 +139,16 @@ class RunningTemperature:
     @property
     def value(self) -> Tensor:
         """tau, 0-d; infinite (equal weights) as long as all scores of a step were equal."""
+        variance, shape = self._started()
+        return torch.where(variance > 0, (variance * shape).sqrt(), torch.inf)
+
+    def _started(self) -> tuple[Tensor, Tensor]:
         if self.variance is None or self.shape is None:
             raise RuntimeError("the running temperature must have seen the scores of a step, got none.")
-        return torch.where(self.variance > 0, (self.variance * self.shape).sqrt(), torch.inf)
+        return self.variance, self.shape
 
-    def start(self, scores: Tensor) -> None:
-        """Begin with the temperature that suits the scores (N,) of the first step."""
+    def start(self, scores: Tensor, trust: Tensor | None = None) -> None:
+        """Begin with the temperature that suits the scores (N,) of the first step; their trust does not matter."""
         size = torch.tensor(float(len(scores)))
         tau = auto_temperature(scores, float(_share_of(size, self.share))) if len(scores) > 1 else torch.inf
         variance = scores.var() if len(scores) > 1 else scores.new_zeros(())
@@ -93,14 +163,54 @@ class RunningTemperature:
         """
         if self.variance is None or self.shape is None:
             return
+        told, wanted = self._spread(variance, count), _share_of(count, self.share).log()
+        moved = self.shape * (1 + self.rate * (effective_share.log() / wanted - 1))
+        self.shape = torch.where(told & self._varied, moved, self.shape).clamp(1e-4, 1e4)
+
+    def _spread(self, variance: Tensor, count: Tensor) -> Tensor:
+        """Average the variance; return whether the step told anything."""
+        before: Any = self.variance
+        self._varied = before > 0
         told = variance.isfinite() & (variance > 0) & (count > 1)
         # A step with one sample far away must not set the temperature of the next hundred.
-        capped = torch.minimum(variance, _LARGEST_JUMP * self.variance)
-        average = torch.where(self.variance > 0, self.variance.lerp(capped, self.rate), variance)
-        ratio = effective_share.log() / _share_of(count, self.share).log()
-        moved = torch.where(self.variance > 0, self.shape * (1 + self.rate * (ratio - 1)), self.shape)
-        self.variance = torch.where(told, average, self.variance)
-        self.shape = torch.where(told, moved, self.shape).clamp(1e-4, 1e4)
+        capped = torch.minimum(variance, _LARGEST_JUMP * before)
+        self.variance = torch.where(told, torch.where(before > 0, before.lerp(capped, self.rate), variance), before)
+        return told
+
+
+class EvidenceTemperature(RunningTemperature):
+    """tau = sigma / rho of strategy="trust": the mimic score counts by how much it agrees with the trust.
+
+    rho is the running correlation, within steps, of the score with the trust. A score that says nothing, or points the
+    wrong way, gets tau = infinity: it is left out.
+    """
+
+    def start(self, scores: Tensor, trust: Tensor | None = None) -> None:
+        """Begin with the first step's scores (N,) and trust (N,)."""
+        self.variance = scores.var() if len(scores) > 1 else scores.new_zeros(())
+        self.shape = torch.nan_to_num(correlation(scores, scores if trust is None else trust))
+
+    @property
+    def value(self) -> Tensor:
+        """tau, 0-d."""
+        variance, shape = self._started()
+        usable = (variance > 0) & (shape > 0)
+        return torch.where(usable, variance.sqrt() / shape.clamp_min(1e-6), torch.inf)
+
+    def update(self, variance: Tensor, found: Tensor, count: Tensor) -> None:
+        """Take in one step: its scores' variance, their correlation with the trust, their number; 0-d each."""
+        if self.variance is None or self.shape is None:
+            return
+        told = self._spread(variance, count) & found.isfinite()
+        self.shape = torch.where(told, self.shape.lerp(torch.nan_to_num(found), self.rate), self.shape)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return the correlation of a (N,) and b (N,), 0-d; NaN where one of them does not vary. NaN in b is left out."""
+    known = b.isfinite()
+    a, b = a[known], b[known]
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
 
 
 def _share_of(count: Tensor, share: float) -> Tensor:
@@ -140,5 +250,16 @@ def auto_temperature(scores: Tensor, share: float = AUTO_SHARE) -> Tensor:
 
 STRATEGIES: dict[str, Callable[..., Tensor]] = {
     "mimic": mimic,
+    "trust": trust,
+    "ref_loss": ref_loss,
+    "rho_loss": rho_loss,
+    "small_loss": small_loss,
     "uniform": uniform,
 }
+RUN_THE_REFERENCE = ("trust", "ref_loss", "rho_loss")
+
+
+def scaled_part(strategy: str, signals: BatchSignals) -> Tensor:
+    """Return what a strategy divides by the temperature (B,): its log-weights at tau = 1 less those at infinity."""
+    weigh = STRATEGIES[strategy]
+    return weigh(signals, temperature=1.0) - weigh(signals, temperature=torch.inf)

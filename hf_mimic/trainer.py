@@ -6,16 +6,13 @@ count, engine.py knows the processes, resuming.py the checkpoints. The step itse
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -23,15 +20,13 @@ from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.engine import Engine, check_engine
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
-from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.padding import EpochEnd
 from hf_mimic.reference import Reference
+from hf_mimic.reference_pass import ReferenceScores
+from hf_mimic.reference_setup import ReferenceSetup
 from hf_mimic.resuming import ResumingTrainer
 from hf_mimic.scored_training import ScoredTraining
 from hf_mimic.scores import ScoreTable
-from hf_mimic.sharding import whole
-
-DIRECTION_NAME = "mimic_direction.safetensors"
 
 
 class MimicTrainer(ResumingTrainer):
@@ -39,7 +34,8 @@ class MimicTrainer(ResumingTrainer):
 
     Takes what `Trainer` takes. Evaluation is unweighted. The log has, beside the weighted `loss`, `plain_loss`,
     `mimic_score_mean`, `mimic_score_std`, `negative_share` (of scores), `effective_sample_size` (1 / sum w^2, as a
-    share of the samples), `direction_norm` (||v||) and, where there were any, `nonfinite_samples`.
+    share of the samples), `direction_norm` (||v||), where there were any `nonfinite_samples`, and the score's health:
+    `score_fit_correlation`, `score_trust_correlation`, `unhealthy` (0 or 1), each absent where it is not known.
 
     Args:
         model: The student.
@@ -96,9 +92,12 @@ class MimicTrainer(ResumingTrainer):
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
         self.loss_fn = loss_fn or loss_for_model(self.model, smoothing)
-        self._reference = reference
+        self.reference = ReferenceSetup(self, reference)
+        self.reference_scores: ReferenceScores | None = None
+        self.reference.init_head()
+        self.strategy = self.reference.choose_strategy()
         # NOTE: before FSDP has prepared the model, some processes may hold empty weights.
-        self.direction: Any = None if self.is_fsdp_enabled else self._make_direction()
+        self.direction: Any = None if self.is_fsdp_enabled else self.reference.direction()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
         self.training = ScoredTraining(self)
         self._runs = 0
@@ -141,7 +140,7 @@ class MimicTrainer(ResumingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to the training logs."""
         if "loss" in logs and "learning_rate" in logs:  # the Trainer's own: all processes are here
-            logs |= self.training.log.pop(self.engine.gather)
+            logs |= self.training.log.pop(self.engine.gather) | self.training.health_report()
         super().log(logs, start_time)
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -181,24 +180,20 @@ class MimicTrainer(ResumingTrainer):
 
     def run_settings(self) -> dict[str, Any]:
         """Return what scores depend on."""
-        names = ("strategy", "direction", "weight_scope", "reweight")
-        settings = {name: getattr(self.args, name) for name in names}
+        names = ("direction", "weight_scope", "reweight", "on_unhealthy")
+        settings = {"strategy": self.strategy} | {name: getattr(self.args, name) for name in names}
         reference = self.args.reference_model
         settings |= {"temperature": self.args.tau, "mimic_layers": list(self.args.mimic_layers)}
         return {**settings, "reference_model": None if reference is None else str(reference)}
 
     def run_state(self) -> dict[str, Any]:
-        """Return the running temperature, and how many rows of scores must be there."""
-        return {"temperature": self.training.state(), "score_rows": self.scores.count_stored()}
+        """Return the running temperature, the health, and how many rows of scores must be there."""
+        return {**self.training.state(), "score_rows": self.scores.count_stored()}
 
     def before_save(self, folder: str) -> None:
         """Write the scores up to the checkpoint, and where direction="start" started."""
         self.scores.flush(self.args.process_index)
-        if self.args.direction == "start":
-            tensors = {name: whole(v).cpu().contiguous() for name, v in self.direction().items()}
-            if self.args.should_save:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                save_file(tensors, str(Path(folder) / DIRECTION_NAME))
+        self.reference.save_direction(folder)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does; see `ResumingTrainer` for what a resumed run keeps."""
@@ -213,11 +208,14 @@ class MimicTrainer(ResumingTrainer):
         known, restarts = self.direction is not None, self.args.direction == "start" and not step and not self._runs
         if not known or restarts or not parameters >= set(map(id, self.direction.parameters.values())):
             # FSDP replaced the parameters, `model_init` made others, or theta_0 is where they are now
-            self.direction = self._make_direction(warn=not known)
+            if known and not restarts and not step:
+                self.reference.init_head()
+            self.direction = self.reference.direction(warn=not known)
+        self.reference_scores = self.reference.scores(self.strategy, resumed=bool(step))
         self.training = ScoredTraining(self)
         if step:
-            self.training.resume(self._saved.get("temperature", {}))
-            self._resume_direction()
+            self.training.resume(self._saved)
+            self.reference.resume_direction(self.resumed_from)
         self.scores.forget()
         if self.args.process_index == 0:
             self._clear_scores(step)
@@ -235,45 +233,6 @@ class MimicTrainer(ResumingTrainer):
                 )
         elif (moved := self.scores.set_aside()) is not None:
             warnings.warn(f"{self.args.scores_dir} held the scores of an earlier run; they are now in {moved}.")
-
-    def _resume_direction(self) -> None:
-        """Take theta_0 from where the interrupted run started, not from the model that was given now."""
-        path = Path(self.resumed_from or "") / DIRECTION_NAME
-        if self.args.direction != "start":
-            return
-        if path.is_file():
-            self.direction.restart(load_file(str(path)))
-        else:
-            warnings.warn(
-                f'{path} is missing: direction="start" now starts from the model that was given, not from where the '
-                "interrupted run started."
-            )
-
-    # ---- set-up ----------------------------------------------------------------------------------------------------
-
-    def _make_direction(self, *, warn: bool = True) -> MimicDirection:
-        direction = MimicDirection(
-            self.model,
-            self._reference,
-            self.args.mimic_layers,
-            kind=self.args.direction,
-            base=self.args.reference_base_model,
-            revision=self.args.reference_revision,
-        )
-        norm = direction_norm(direction()).item()
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"reference and model must be finite in the chosen layers, got ||v|| = {norm}. Look for NaN in their "
-                "weights: one of the two has diverged."
-            )
-        if warn and not norm:
-            warnings.warn(
-                "the reference equals the model in the chosen layers (||v|| = 0): there is no direction, so all "
-                "weights are uniform until they differ, and then point back to the start. Start from another "
-                "checkpoint, or choose other `mimic_layers`.",
-                stacklevel=3,
-            )
-        return direction
 
 
 def _ids_of(dataset: datasets.Dataset, args: MimicTrainingArguments) -> Any:

@@ -29,6 +29,17 @@ class StepSums:
     score: Tensor
     score_square: Tensor
     negative: Tensor  # how many scores are below 0
+    signal: Tensor  # of what the strategy divides by the temperature
+    signal_square: Tensor
+    fit: Tensor  # of exp(-loss)
+    fit_square: Tensor
+    fit_score: Tensor
+    known: Tensor  # how many have a trust; the six sums that follow are over these
+    trust: Tensor
+    trust_square: Tensor
+    known_score: Tensor
+    known_score_square: Tensor
+    trust_score: Tensor
 
     @property
     def effective_sample_size(self) -> Tensor:
@@ -36,14 +47,47 @@ class StepSums:
         return self.weight.square() / self.weight_square
 
     @property
-    def score_variance(self) -> Tensor:
-        """The unbiased variance of the scores; not a number for fewer than two samples."""
-        square = self.score_square - self.score.square() / self.count
-        noise = 10 * torch.finfo(square.dtype).eps * self.score_square  # of the difference of two sums
-        return torch.where(square > noise, square, 0) / (self.count - 1)
+    def signal_variance(self) -> Tensor:
+        """The unbiased variance of the strategy's signal; not a number for fewer than two samples."""
+        return _deviation(self.signal, self.signal_square, self.count) / (self.count - 1)
+
+    @property
+    def fit_correlation(self) -> Tensor:
+        """Of the scores with exp(-loss), the model's own fit; not a number where one of them does not vary."""
+        both = self.fit_score - self.fit * self.score / self.count
+        square = _deviation(self.fit, self.fit_square, self.count)
+        return both / (square * _deviation(self.score, self.score_square, self.count)).sqrt()
+
+    @property
+    def trust_correlation(self) -> Tensor:
+        """Of the scores with the trust, over the samples that have one; not a number where one does not vary."""
+        both = self.trust_score - self.trust * self.known_score / self.known
+        square = _deviation(self.trust, self.trust_square, self.known)
+        return both / (square * _deviation(self.known_score, self.known_score_square, self.known)).sqrt()
 
 
-_POWERS = (1, 2, 1, 1, 1, 0, 0, 0, 0, 0)  # of e_i in each sum: how it scales with exp(-c)
+def _deviation(total: Tensor, square: Tensor, count: Tensor) -> Tensor:
+    """Return the sum of squared deviations from the mean; 0 where it is only rounding of the difference."""
+    deviation = square - total.square() / count
+    return torch.where(deviation > 10 * torch.finfo(square.dtype).eps * square, deviation, 0)
+
+
+_POWERS = (1, 2, 1, 1, 1) + 16 * (0,)  # of e_i in each sum: how it scales with exp(-c)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What is known of the scored samples of a micro-batch, tensors (b,) without graph.
+
+    `logits` are the log-weights a, finite; `signals` is what the strategy divides by the temperature; `trust` may be
+    NaN.
+    """
+
+    logits: Tensor
+    losses: Tensor
+    scores: Tensor
+    signals: Tensor | None = None
+    trust: Tensor | None = None
 
 
 class OnlineSoftmax:
@@ -81,20 +125,17 @@ class OnlineSoftmax:
             raise RuntimeError("the sums of a step are known after a gather, got none yet.")
         return StepSums(*self._others.unbind())
 
-    def add(
-        self, logits: Tensor, losses: Tensor, scores: Tensor, *, gather: Gather | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def add(self, samples: Weighed, *, gather: Gather | None = None) -> tuple[Tensor, Tensor | None]:
         """Take in a micro-batch; return its weights, and the factor for the gradient that is accumulated already.
 
         Args:
-            logits: Log-weights a (b,), finite; b may be 0.
-            losses: Per-sample losses (b,).
-            scores: Mimic scores (b,).
+            samples: Of this micro-batch; b may be 0.
             gather: (k,) -> (P, k), if gradients are averaged over processes after this micro-batch; so on all.
 
         Returns:
             Weights (b,) for the losses of this micro-batch; a 0-d factor, None if nothing is accumulated yet.
         """
+        logits = samples.logits
         first, peak = not self._started, torch.cat([logits, logits.new_full((1,), -torch.inf)]).max()
         if first:
             self._started, self._shift, self._own = True, peak, logits.new_zeros(len(_POWERS))
@@ -103,7 +144,7 @@ class OnlineSoftmax:
             self._powers = logits.new_tensor(_POWERS)
         before, divisor = self._shift, self._divisor
         self._rescale(torch.maximum(before, peak))
-        self._own = self._own + _sums(logits, losses, scores, self._shift)
+        self._own = self._own + _sums(samples, self._shift)
         if gather is not None:
             self._share(gather(torch.cat([self._shift[None], self._own])))
         weights = self.processes * self.normalise(logits)
@@ -132,8 +173,15 @@ def _scale(old: Tensor, new: Tensor) -> Tensor:
     return torch.nan_to_num(torch.exp(old - new))
 
 
-def _sums(logits: Tensor, losses: Tensor, scores: Tensor, shift: Tensor) -> Tensor:
-    weights, one = torch.exp(logits - shift), torch.ones_like(logits)
+def _sums(samples: Weighed, shift: Tensor) -> Tensor:
+    losses, scores = samples.losses, samples.scores
+    weights, one = torch.exp(samples.logits - shift), torch.ones_like(samples.logits)
+    signals = scores if samples.signals is None else samples.signals
+    trust = torch.full_like(scores, torch.nan) if samples.trust is None else samples.trust.to(scores)
+    known, fit = trust.isfinite().to(one), torch.exp(-losses)
+    trust = torch.nan_to_num(trust)
     terms = [one, weights, scores, scores.abs(), losses]
-    plain = [one, losses, scores, scores.square(), (scores < 0).to(one)]
+    plain = [one, losses, scores, scores.square(), (scores < 0).to(one), signals, signals.square()]
+    plain += [fit, fit.square(), fit * scores]
+    plain += [known, trust, trust.square(), known * scores, known * scores.square(), trust * scores]
     return torch.stack([(weights * term).sum() for term in terms] + [term.sum() for term in plain])

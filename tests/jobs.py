@@ -71,7 +71,7 @@ def sharded(
         "mimic_layers": layers,
         "self_check_steps": 1,
     }
-    args = splits.MimicTrainingArguments(str(folder), **{**splits.QUIET, **options})
+    args = splits.MimicTrainingArguments(str(folder), **{**splits.QUIET, "strategy": "mimic", **options})
     trainer = splits.MimicTrainer(model, args, train_dataset=splits.Rows(batch), reference_model=reference)
 
     class Whole(splits.Gradients):

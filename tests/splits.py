@@ -58,7 +58,7 @@ class Unscales(tf.TrainerCallback):
 
 def make(family: str, dtype: torch.dtype, broken: Sequence[int] = ()) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model, its batch norm frozen and without random parts, and a batch of ROWS; some rows with a NaN."""
-    kind = {"multi_label": "vit", "dropout": "vit", "lora": "clip_classifier"}.get(family, family)
+    kind = {"judged": "vit", "multi_label": "vit", "dropout": "vit", "lora": "clip_classifier"}.get(family, family)
     model, batch = models.make(kind, dtype, **CONFIGS.get(family, {})), models.make_batch(kind, dtype, size=ROWS)
     if family == "lora":
         model = models.with_lora(model)
@@ -68,6 +68,12 @@ def make(family: str, dtype: torch.dtype, broken: Sequence[int] = ()) -> tuple[n
     if family == "multi_label":
         generator = torch.Generator().manual_seed(3)
         batch["labels"] = (torch.rand(ROWS, models.LABELS, generator=generator) < 0.5).to(dtype)
+    if family == "judged":  # labels that the reference agrees with, but for some
+        batch = models.make_batch(kind, dtype, size=ROWS, seed=3)  # several classes
+        with torch.no_grad():
+            outputs = torch.func.functional_call(model, models.moved(model), (batch["pixel_values"],))
+            batch["labels"] = outputs.logits.argmax(1)
+        batch["labels"][::11] = (batch["labels"][::11] + 1) % models.LABELS
     for row in broken:
         batch["pixel_values"][row, 0, 0, 0] = torch.nan
     return model, batch
@@ -119,7 +125,7 @@ def train(
     if plain:
         trainer = tf.Trainer(model, tf.TrainingArguments(str(folder), **options), train_dataset=rows)
     else:
-        args = MimicTrainingArguments(str(folder), **options)
+        args = MimicTrainingArguments(str(folder), **{"strategy": "mimic", **options})
         trainer = trainer_class(model, args, train_dataset=rows, reference_model=models.moved(model))
     if scaler:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

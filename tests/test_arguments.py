@@ -17,7 +17,8 @@ def make(tmp_path, **options):
 def test_defaults(tmp_path):
     args = make(tmp_path)
     assert (args.mimic_layers, args.direction, args.tau) == (["head"], "current", "auto")
-    assert (args.strategy, args.reweight, args.weight_scope) == ("mimic", "all", "global")
+    assert (args.strategy, args.reweight, args.weight_scope) == ("auto", "all", "global")
+    assert (args.head_init, args.on_unhealthy) == ("keep", "warn")
     assert args.scores_dir == str(tmp_path / "scores")
 
 
@@ -27,7 +28,11 @@ def test_defaults(tmp_path):
         ("direction", "curent", "`direction` must be one of 'current', 'start', 'task_vector', got 'curent'. Did"),
         ("reweight", "mimic_layer", "`reweight` must be one of 'all', 'mimic_layers', got 'mimic_layer'. Did"),
         ("weight_scope", "globel", "`weight_scope` must be one of 'global', 'device', got 'globel'. Did"),
-        ("strategy", "mimick", "`strategy` must be one of 'mimic', 'uniform', got 'mimick'. Did"),
+        (
+            "strategy",
+            "mimick",
+            "`strategy` must be one of 'auto', 'mimic', 'trust', 'ref_loss', 'rho_loss', 'small_loss', 'uniform', got 'mimick'. Did",
+        ),
     ],
 )
 def test_choice_errors_list_what_is_allowed_and_the_closest(tmp_path, name, value, message):

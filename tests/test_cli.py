@@ -15,7 +15,7 @@ from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from hf_mimic.cli import main
 from hf_mimic.commands import COMMANDS, DataArguments, FilterArguments, ScoreArguments
-from hf_mimic.data import load_rows
+from hf_mimic.data import load_rows, with_image_transform
 from hf_mimic.scores import ScoreTable
 
 gc.freeze()  # every training collects garbage: it need not walk what was imported
@@ -44,13 +44,25 @@ def save(model, folder):
     return str(folder)
 
 
+def taught(model):
+    """Return the model after it has learned the classes: a reference must know them."""
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    rows = with_image_transform(images(48), processor)[:]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(pixel_values=rows["pixel_values"], labels=torch.tensor(rows["labels"])).loss.backward()
+        optimizer.step()
+    return model
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Return a folder with `base`, `reference` (both know the classes), `bare` (three classes) and `rows.parquet`."""
     home = tmp_path_factory.mktemp("home")
     known = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
     save(models.make("vit", **known), home / "base")
-    save(models.make("vit", seed=1, **known), home / "reference")
+    save(taught(models.make("vit", seed=1, **known)), home / "reference")
     save(models.make("vit", seed=2, num_labels=3), home / "bare")
     images().to_parquet(home / "rows.parquet")
     return home
@@ -90,24 +102,31 @@ def fails(capsys, code, message, run):
 
 
 def test_train_then_filter(home, tmp_path, capsys):
-    assert train(home, tmp_path / "run", "--temperature", "0.3", "--mimic_layers", "head", "last_mlp") == 0
+    data = tmp_path / "noisy.parquet"
+    images(labels=[(i % 4 + (i < 5)) % 4 for i in range(24)]).to_parquet(data)  # the first five are wrong
+    flags = ["--temperature", "0.3", "--mimic_layers", "head", "last_mlp"]
+    assert train(home, tmp_path / "run", *flags, dataset=data) == 0
     printed = capsys.readouterr().out
     table = cells(printed)
     assert (table["samples"], table["visits"]) == ("24", "48")
-    assert f"next: hf-mimic filter --dataset {home / 'rows.parquet'} --scores {tmp_path / 'run' / 'scores'}" in printed
+    assert f"next: hf-mimic filter --dataset {data} --scores {tmp_path / 'run' / 'scores'}" in printed
+    assert table["strategy"] == "trust"
+    assert table["score's health"].startswith("not known")
     trained = ViTForImageClassification.from_pretrained(tmp_path / "run")
     assert trained.config.id2label == dict(enumerate(NAMES))
     scores = ScoreTable.load(tmp_path / "run" / "scores").to_arrow()
     assert sorted(scores["sample_id"].to_pylist()) == sorted([*range(24)] * 2)
 
     output = tmp_path / "out" / "curated.parquet"
-    flags = ["--dataset", str(home / "rows.parquet"), "--scores", str(tmp_path / "run" / "scores")]
+    flags = ["--dataset", str(data), "--scores", str(tmp_path / "run" / "scores")]
     assert main(["filter", *flags, "--output", str(output)]) == 0
     table, curated = cells(capsys.readouterr().out), load_rows(str(output))
-    assert 0 < len(curated) < 24
+    assert curated["sample_id"][:] == list(range(5, 24))
+    assert table["rule"].startswith("trust >= 0.")
     assert table["kept"] == f"{len(curated)} ({len(curated) / 24:.1%})"
     assert set(curated.column_names) == {
-        *("image", "label", "sample_id", "mimic_score", "relative_weight", "loss", "n_visits", "keep")
+        *("image", "label", "sample_id", "mimic_score", "relative_weight", "loss", "n_visits", "keep"),
+        *("trust", "ref_loss", "ref_trust"),
     }
     assert curated["keep"][:] == [True] * len(curated)
     assert curated["n_visits"][:] == [2] * len(curated)
@@ -119,13 +138,21 @@ def test_train_then_filter(home, tmp_path, capsys):
     everything = load_rows(str(output))
     assert len(everything) == 24
     assert sum(everything["keep"]) == len(curated)
-    assert main(["filter", *flags, "--output", str(output), "--threshold", "0"]) == 0
-    assert len(load_rows(str(output))) == 24
+    for rule in (["--threshold", "0"], ["--min_trust", "0"]):
+        assert main(["filter", *flags, "--output", str(output), *rule]) == 0
+        assert len(load_rows(str(output))) == 24
+    capsys.readouterr()
+    message = "one rule must decide, got --min_trust and --threshold"
+    fails(capsys, 1, message, lambda: main(["filter", *flags, "--threshold", "1", "--min_trust", "0.5"]))
 
 
 def test_score_then_filter(home, tmp_path, capsys):
     assert score(home, tmp_path / "scores", "--batch_size", "5", "--mimic_layers", "all") == 0
     table = cells(capsys.readouterr().out)
+    assert (
+        table["labels probably wrong"]
+        == f"{1 - ScoreTable.load(tmp_path / 'scores').aggregate()['trust'].to_numpy().mean():.1%}"
+    )
     assert table["samples"] == "24"
     samples = ScoreTable.load(tmp_path / "scores").aggregate()
     values = samples["mimic_score"].to_numpy()
@@ -137,7 +164,7 @@ def test_score_then_filter(home, tmp_path, capsys):
     middle = float(np.median(values))
     assert main(["filter", *flags, "--output", output, "--min_score", repr(middle)]) == 0
     assert load_rows(output)["sample_id"][:] == np.flatnonzero(values >= middle).tolist()
-    assert score(home, tmp_path / "scores") == 0  # again: the earlier scores are moved aside
+    assert score(home, tmp_path / "scores", "--run_reference", "False") == 0  # again: earlier scores are moved aside
     assert len(ScoreTable.load(tmp_path / "scores-1")) == len(ScoreTable.load(tmp_path / "scores")) == 24
     capsys.readouterr()
     message = "must have relative weights, got none"

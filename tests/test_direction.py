@@ -66,7 +66,7 @@ def test_unknown_direction():
 
 def test_task_vector_needs_a_base():
     model = models.make("vit")
-    with pytest.raises(ValueError, match="needs `reference_base_model`"):
+    with pytest.raises(ValueError, match=r"found none: a dict has no card\. Name it as `reference_base_model`"):
         MimicDirection(model, models.moved(model), kind="task_vector")
 
 

@@ -43,6 +43,11 @@ SHARDINGS = [  # whether blocks are units, whether they are resharded after forw
     (True, True, "transformers"),
     (True, True, "accelerate"),
 ]
+TRUSTED = {  # the reference's pass over the data, in two processes
+    "trust": {},
+    "trust dispatch": {"accelerator_config": {"dispatch_batches": True}},
+    "trust auto": {"temperature": "auto"},
+}
 BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}
 
 
@@ -62,6 +67,8 @@ def jobs_of_options():
         yield name, {"split": "2p8", "max_steps": 2, **options}
     for name, rows in BROKEN.items():
         yield name, {"split": "2p8", "broken": rows, **EXACT}
+    for name, options in TRUSTED.items():
+        yield name, {"family": "judged", "split": "2p4x2", "strategy": "trust", **EXACT, **options}
     # static_graph and accumulation do not go together: an internal assertion of torch 2.13
     yield "static", {"split": "2p8", **EXACT, "ddp_static_graph": True}
     yield "split", {"split": "16", **EXACT, "accelerator_config": {"split_batches": True}}
@@ -208,6 +215,17 @@ def test_broken_samples_on_one_process(results, alone, name):
     scored = {i for i, score in zip(rows["sample_id"], rows["mimic_score"], strict=True) if score is not None}
     assert scored == set(range(100, 100 + ROWS)) - {100 + row for row in broken}
     assert results[name, 0]["log"][-1]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("name", TRUSTED)
+def test_the_reference_s_pass_in_two_processes(results, tmp_path, name):
+    options = {key: TRUSTED[name].get(key, value) for key, value in EXACT.items()}
+    expected = train("judged", "16", tmp_path, strategy="trust", **options)
+    rows = expected.scores.to_arrow().to_pydict()
+    for column in ("sample_id", "ref_loss", "ref_trust", "relative_weight"):
+        assert results[name, 0]["rows"][column] == pytest.approx(rows[column], rel=1e-4, abs=1e-6), column
+    assert max(rows["ref_trust"]) - min(rows["ref_trust"]) > 0.05
+    assert_same(results[name, 0], steps_of(expected), tolerance=1e-6)
 
 
 def test_device_scope_averages_over_processes(results, alone):

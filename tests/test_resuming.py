@@ -63,7 +63,7 @@ def trainer_of(
     if plain:
         trainer = Trainer(student, TrainingArguments(str(folder), **options), train_dataset=rows)
     else:
-        args = MimicTrainingArguments(str(folder), **options)
+        args = MimicTrainingArguments(str(folder), **{"strategy": "mimic", **options})
         reference = models.moved(models.make(family, **config))
         trainer = MimicTrainer(student, args, train_dataset=rows, eval_dataset=eval_rows, reference_model=reference)
     if kill is not None:
@@ -175,7 +175,7 @@ def test_adapters_resume(tmp_path):
         torch.manual_seed(3)
         model = models.with_lora(models.make("clip_classifier"))
         AcceleratorState._reset_state()
-        args = MimicTrainingArguments(str(folder), **{**OPTIONS, **options})
+        args = MimicTrainingArguments(str(folder), **{**OPTIONS, "strategy": "mimic", **options})
         return MimicTrainer(model, args, train_dataset=data(), reference_model=models.moved(model))
 
     expected = run(tmp_path / "whole")

@@ -63,7 +63,9 @@ def test_a_value_that_is_not_finite_is_null(value):
 
 
 def test_unknown_column():
-    with pytest.raises(ValueError, match="must be one of mimic_score, relative_weight, loss, got clip, score"):
+    with pytest.raises(
+        ValueError, match="must be one of mimic_score, relative_weight, loss, ref_loss, ref_trust, got clip, score"
+    ):
         ScoreTable().record([0], epoch=0, step=0, score=[1.0], clip=[1.0])
 
 

@@ -101,7 +101,7 @@ def test_own_loss_collator_and_id_column(vit):
     def largest_logit(outputs, batch):
         return -outputs.logits.max(-1).values
 
-    options = {"loss_fn": largest_logit, "data_collator": collate, "sample_id_column": "row"}
+    options = {"loss_fn": largest_logit, "collate_fn": collate, "sample_id_column": "row"}
     table = score_dataset(model, rows.rename_column("sample_id", "row"), direction, **options).aggregate()
     oracle = mimic_scores(model, batch, direction, largest_logit).flip(0)
     assert table["mimic_score"].to_numpy() == pytest.approx(oracle.numpy(), rel=1e-4, abs=1e-6)

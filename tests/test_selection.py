@@ -15,7 +15,8 @@ from hf_mimic.selection import (
 
 def signals(scores):
     scores = torch.as_tensor(scores, dtype=torch.float32)
-    return BatchSignals(losses=torch.ones_like(scores), mimic_scores=scores)
+    rank = torch.linspace(0, 1, len(scores))
+    return BatchSignals(losses=torch.ones_like(scores), mimic_scores=scores, ref_losses=rank, ref_trust=rank)
 
 
 def draw(kind, size, seed=0):
@@ -72,9 +73,10 @@ def test_log_weights_of_every_strategy_are_finite(name, temperature, size):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_log_weights_of_a_sample_do_not_depend_on_its_batch(name):
     """What makes the softmax over a whole step possible, however it is split."""
-    scores = draw("normal", 8)
-    whole = STRATEGIES[name](signals(scores), temperature=0.3)
-    torch.testing.assert_close(STRATEGIES[name](signals(scores[2:5]), temperature=0.3), whole[2:5])
+    everything = signals(draw("normal", 8))
+    part = BatchSignals(**{field: values[2:5] for field, values in vars(everything).items()})
+    whole = STRATEGIES[name](everything, temperature=0.3)
+    torch.testing.assert_close(STRATEGIES[name](part, temperature=0.3), whole[2:5])
 
 
 def test_uniform_ignores_the_scores():

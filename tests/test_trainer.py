@@ -200,7 +200,9 @@ def test_directions(vit, tmp_path):
 
 def test_task_vector_needs_its_base(vit, tmp_path):
     model, _, rows = vit
-    with pytest.raises(ValueError, match='direction="task_vector" needs `reference_base_model`'):
+    with pytest.raises(
+        ValueError, match='direction="task_vector" needs the checkpoint that the reference was fine-tuned from'
+    ):
         prepare(model, tmp_path, rows=rows, direction="task_vector")
 
 
@@ -587,7 +589,8 @@ def test_logs_by_hand(vit, tmp_path):
             }
         )
     logged = trainer.state.log_history[0]
-    assert set(logged) == {*expected[0], "grad_norm", "learning_rate", "epoch", "step"}
+    health = {"score_fit_correlation", "score_negative_share"}  # by hand in test_health.py
+    assert set(logged) == {*expected[0], *health, "grad_norm", "learning_rate", "epoch", "step"}
     for name in expected[0]:
         mean = (expected[0][name] + expected[1][name]).item() / 2
         assert logged[name] == pytest.approx(mean, rel=1e-4, abs=1e-6), name
@@ -710,7 +713,8 @@ def test_model_init(vit, tmp_path):
         made.append(models.make("vit"))
         return made[-1]
 
-    args = MimicTrainingArguments(str(tmp_path), **QUIET, **SGD, num_train_epochs=1, mimic_layers="all")
+    options = {**QUIET, **SGD, "strategy": "mimic", "num_train_epochs": 1, "mimic_layers": "all"}
+    args = MimicTrainingArguments(str(tmp_path), **options)
     trainer = MimicTrainer(None, args, None, rows, reference_model=models.moved(model), model_init=init)
     trainer.train()
     assert trainer.model is made[-1]
@@ -881,9 +885,8 @@ def test_reference_in_a_folder(vit, tmp_path):
     model, _, rows = vit
     reference = models.make("vit", seed=3)
     reference.save_pretrained(tmp_path / "reference")
-    args = MimicTrainingArguments(
-        str(tmp_path / "a"), **QUIET, **SGD, reference_model=str(tmp_path / "reference"), mimic_layers="all"
-    )
+    options = {**QUIET, **SGD, "strategy": "mimic", "mimic_layers": "all"}
+    args = MimicTrainingArguments(str(tmp_path / "a"), **options, reference_model=str(tmp_path / "reference"))
     read = MimicTrainer(copy.deepcopy(model), args, train_dataset=rows)
     read.train()
     given = fit(model, tmp_path / "b", rows=rows, reference=reference, mimic_layers="all", **SGD)

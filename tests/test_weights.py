@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from hf_mimic.weights import OnlineSoftmax
+from hf_mimic.weights import OnlineSoftmax, Weighed
 
 
 def draw(sizes, scale, seed=0):
@@ -29,7 +29,7 @@ def sent(softmax, visit):
     """Return what a process would send to the others at a micro-batch."""
     copy, rows = OnlineSoftmax(softmax.processes), []
     copy.__dict__.update(softmax.__dict__)
-    copy.add(*visit[:3], gather=lambda row: rows.append(row) or row[None])
+    copy.add(Weighed(*visit[:3]), gather=lambda row: rows.append(row) or row[None])
     return rows[0]
 
 
@@ -43,7 +43,9 @@ def accumulate(batches, average_at, *, use_factor=True):
         gather = functools.partial(torch.stack, rows) if rows else None
         for p, (softmax, process) in enumerate(zip(softmaxes, batches, strict=True)):
             logits, losses, scores, per_sample = process[k]
-            weights, factor = softmax.add(logits, losses, scores, gather=gather and (lambda _, all=gather: all()))
+            weights, factor = softmax.add(
+                Weighed(logits, losses, scores), gather=gather and (lambda _, all=gather: all())
+            )
             if factor is not None and use_factor:
                 gradients[p] = gradients[p] * factor
             gradients[p] = gradients[p] + weights @ per_sample
@@ -83,7 +85,7 @@ def test_the_accumulated_gradient_is_that_of_one_softmax(name, averages, scale):
     torch.testing.assert_close(sums.weighted_score / sums.weight, weights @ scores)
     torch.testing.assert_close(sums.weighted_absolute_score / sums.weight, weights @ scores.abs())
     torch.testing.assert_close(sums.effective_sample_size, 1 / weights.square().sum())
-    torch.testing.assert_close(sums.score_variance, scores.var())
+    torch.testing.assert_close(sums.signal_variance, scores.var())
     assert (sums.count, sums.negative) == (len(scores), (scores < 0).sum())
     torch.testing.assert_close(sums.loss, losses.sum())
     parts = [softmax.normalise(v[0]) for softmax, p in zip(softmaxes, batches, strict=True) for v in p]
@@ -100,18 +102,18 @@ def test_the_factor_matters():
 def test_equal_weights_are_those_of_the_mean_to_the_last_bit():
     """Dividing by 3 and then halving is what a plain Trainer does with two micro-batches of three."""
     softmax, zeros = OnlineSoftmax(), torch.zeros(3)
-    weights, factor = softmax.add(zeros, zeros, zeros)
+    weights, factor = softmax.add(Weighed(zeros, zeros, zeros))
     assert (weights == torch.tensor(1 / 3)).all()
     assert factor is None
-    weights, factor = softmax.add(zeros, zeros, zeros, gather=lambda row: row[None])
+    weights, factor = softmax.add(Weighed(zeros, zeros, zeros), gather=lambda row: row[None])
     assert (weights == torch.tensor(1 / 6)).all()
     assert factor == 0.5
 
 
 def test_a_step_without_samples_has_no_gradient():
     softmax, none = OnlineSoftmax(), torch.zeros(0)
-    softmax.add(none, none, none)
-    weights, factor = softmax.add(none, none, none, gather=lambda row: row[None])
+    softmax.add(Weighed(none, none, none))
+    weights, factor = softmax.add(Weighed(none, none, none), gather=lambda row: row[None])
     assert len(weights) == 0
     assert factor == 0
     assert softmax.sums.count == 0
@@ -120,16 +122,16 @@ def test_a_step_without_samples_has_no_gradient():
 
 def test_one_large_outlier_does_not_overflow():
     softmax, ones = OnlineSoftmax(), torch.ones(2)
-    softmax.add(torch.tensor([0.0, 1.0]), ones, ones)
-    weights, factor = softmax.add(torch.tensor([5e4, 0.0]), ones, ones, gather=lambda row: row[None])
+    softmax.add(Weighed(torch.tensor([0.0, 1.0]), ones, ones))
+    weights, factor = softmax.add(Weighed(torch.tensor([5e4, 0.0]), ones, ones), gather=lambda row: row[None])
     assert weights.tolist() == [1, 0]
     assert factor == 0
 
 
 def test_equal_scores_have_no_variance():
     softmax, scores = OnlineSoftmax(), torch.full((50,), 0.7)
-    softmax.add(torch.zeros(50), scores, scores, gather=lambda row: row[None])
-    assert softmax.sums.score_variance == 0
+    softmax.add(Weighed(torch.zeros(50), scores, scores), gather=lambda row: row[None])
+    assert softmax.sums.signal_variance == 0
 
 
 def test_sums_before_a_gather():

@@ -39,7 +39,7 @@ def rows_of(batch):
 def prepare(model, folder, *, rows=None, reference=None, arguments=None, **options):
     """Return a trainer of a copy of `model`; `options` of MimicTrainingArguments, `arguments` of MimicTrainer."""
     reference = models.moved(model) if reference is None else reference
-    args = MimicTrainingArguments(str(folder), **{**QUIET, **options})
+    args = MimicTrainingArguments(str(folder), **{**QUIET, "strategy": "mimic", **options})
     return MimicTrainer(copy.deepcopy(model), args, train_dataset=rows, reference_model=reference, **arguments or {})
 
 

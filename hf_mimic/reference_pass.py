@@ -1,0 +1,196 @@
+"""One pass of the reference over a data set, without gradient: its loss of every sample, and its trust in the label.
+
+Read `as_reference` (a model that computes with the reference's weights), then `score_reference`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from hf_mimic.files import write_atomically
+from hf_mimic.finite import without_trace
+from hf_mimic.losses import PerSampleLoss, model_inputs
+from hf_mimic.mimic import eval_mode
+from hf_mimic.reference import Reference, read_tensors, stored_tensors
+
+
+def runnable_tensors(model: nn.Module, reference: Reference, *, revision: str | None = None) -> dict[str, Tensor]:
+    """Return the reference's tensors by the model's names: all that it has, and at least all that are trained.
+
+    Frozen parameters and buffers that the reference lacks are the model's own. A LoRA that it lacks, because it was
+    fine-tuned without one, counts as 0.
+
+    Raises:
+        ValueError: If a trained tensor is missing or has another shape.
+        FileNotFoundError: If there is no safetensors file.
+    """
+    own = stored_tensors(model)
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    lora = {name for name in trained if ".lora_A." in name or ".lora_B." in name}
+    found = read_tensors(reference, model, own, revision=revision, optional={*own} - trained | lora)
+    if not lora & found.keys():
+        found |= {name: torch.zeros_like(own[name]) for name in lora}
+    if missing := lora - found.keys():
+        raise ValueError(f"the reference must have all of the LoRA's tensors or none, {min(missing)} is not in it.")
+    if not found:
+        raise ValueError("the reference must have tensors of the model, got none.")
+    return found
+
+
+@contextmanager
+def as_reference(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Within the context the model has the reference's weights, in eval mode and without gradient.
+
+    Args:
+        model: Whose architecture it is; every tensor is put back afterwards.
+        tensors: From `runnable_tensors`.
+    """
+    own = stored_tensors(model)
+    before = {name: own[name].data for name in tensors}
+    with without_trace(model), eval_mode(model):
+        try:
+            for name, tensor in tensors.items():
+                own[name].data = tensor.to(own[name].device, own[name].dtype)
+            yield model
+        finally:
+            for name, data in before.items():
+                own[name].data = data
+
+
+class ReferenceScores:
+    """What the reference says of N samples: its loss `ref_loss` and P(the label is right) `ref_trust`, float32.
+
+    Args:
+        ids: Sample ids (N,), any order; a repeated one counts once.
+        losses: (N,); NaN where it is not finite.
+        trust: (N,); NaN where it is not known.
+        noise_rate: Estimated share of wrong labels; None without a trust.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, losses: np.ndarray, trust: np.ndarray, *, noise_rate: float | None = None
+    ) -> None:
+        self.ids, first = np.unique(ids, return_index=True)
+        self.losses = np.where(np.isfinite(losses), losses, np.nan)[first].astype(np.float32)
+        self.trust = trust[first].astype(np.float32)
+        self.noise_rate = noise_rate
+        self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `ref_loss` and `ref_trust` of samples (B,), on the device of `ids`; NaN for unknown ones."""
+        if self._tensors is None or self._tensors[0].device != ids.device:
+            columns = (self.ids, self.losses, self.trust)
+            self._tensors = tuple(torch.from_numpy(c).to(ids.device) for c in columns)  # type: ignore[assignment]
+        known, losses, trust = self._tensors  # type: ignore[misc]
+        place = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
+        there = known[place] == ids
+        return torch.where(there, losses[place], torch.nan), torch.where(there, trust[place], torch.nan)
+
+    def save(self, path: str | Path) -> None:
+        """Write `sample_id`, `ref_loss` and `ref_trust` as Parquet, whole or not at all."""
+        columns = [pa.array(self.ids)] + [pa.array(c, mask=np.isnan(c)) for c in (self.losses, self.trust)]
+        table = pa.table(columns, names=["sample_id", "ref_loss", "ref_trust"])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), lambda file: pq.write_table(table, file, compression="zstd"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ReferenceScores:
+        """Read what `save` wrote."""
+        table = pq.read_table(path)
+        ids, losses, trust = (table[n].to_numpy() for n in ("sample_id", "ref_loss", "ref_trust"))
+        return cls(ids, losses.astype(float), trust.astype(float))
+
+
+def score_reference(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    batches: Iterable[Mapping[str, Any]],
+    loss_fn: PerSampleLoss,
+    *,
+    sample_id_column: str = "sample_id",
+    gather: Any = None,
+    progress: bool = True,
+) -> ReferenceScores:
+    """Run the reference once over all samples.
+
+    Args:
+        model: The student; see `as_reference`.
+        tensors: From `runnable_tensors`.
+        batches: Collated, on the model's device, with ids.
+        loss_fn: (outputs, batch) -> (B,).
+        sample_id_column: Name of the id column.
+        gather: list -> list of all processes' items, where each process has some of the batches.
+        progress: Show a bar.
+
+    Returns:
+        Losses of all samples; a trust where the model classifies and the sample has a label.
+    """
+    from tqdm.auto import tqdm
+
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "losses", "log_probs", "labels")}
+    with as_reference(model, tensors):
+        for given in tqdm(batches, desc="running the reference", unit="batch", disable=not progress):
+            batch = dict(given)
+            found["ids"].append(batch.pop(sample_id_column).cpu().numpy())
+            outputs = model(**model_inputs(batch))
+            found["losses"].append(loss_fn(outputs, batch).float().cpu().numpy())
+            logits: Any = getattr(outputs, "logits", None)
+            labels: Any = batch.get("labels")
+            if _classifies(logits, labels):
+                found["log_probs"].append(torch.log_softmax(logits.float(), -1).half().cpu().numpy())
+                found["labels"].append(labels.cpu().numpy())
+    columns = {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
+    if gather is not None:
+        every = gather([columns])
+        columns = {
+            name: np.concatenate([part[name] for part in every if part[name] is not None])
+            if any(part[name] is not None for part in every)
+            else None
+            for name in columns
+        }
+    if columns["ids"] is None:
+        raise ValueError("the data set must have samples for the reference to run on, got none.")
+    return _judged(**columns)
+
+
+def _classifies(logits: Any, labels: Any) -> bool:
+    return (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.dim() == 2
+        and labels.shape == logits.shape[:1]
+        and not labels.is_floating_point()
+    )
+
+
+def _judged(ids: Any, losses: Any, log_probs: Any, labels: Any) -> ReferenceScores:
+    from hf_mimic.trust import LabelNoiseModel, agrees_beyond_chance
+
+    trust = np.full(len(ids), np.nan)
+    if log_probs is None or len(log_probs) != len(ids):
+        return ReferenceScores(ids, losses, trust)
+    labelled = (labels >= 0) & np.isfinite(log_probs).all(1)
+    _, first = np.unique(ids, return_index=True)  # a padded row must not count twice
+    once = np.intersect1d(first, np.flatnonzero(labelled))
+    if not len(once):
+        return ReferenceScores(ids, losses, trust)
+    if not agrees_beyond_chance(log_probs[once], labels[once]):
+        warnings.warn(
+            f"the reference agrees with {(log_probs[once].argmax(1) == labels[once]).mean():.0%} of {len(once)} labels, no "
+            "more than chance: it is no judge of them, and there is no trust. Look at the order of the labels, at how "
+            "images are preprocessed, and at the reference's accuracy."
+        )
+        return ReferenceScores(ids, losses, trust)
+    model = LabelNoiseModel().fit(log_probs[once], labels[once])
+    trust[labelled] = model.predict_proba(log_probs[labelled], labels[labelled])
+    return ReferenceScores(ids, losses, trust, noise_rate=model.noise_rate_)

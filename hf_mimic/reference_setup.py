@@ -1,0 +1,198 @@
+"""What a run takes from its reference: the head to start with, the direction, and what the reference says of the data.
+
+Read `ReferenceSetup` in the order in which a run calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset, SequentialSampler
+
+from hf_mimic.heads import head_cosine, init_head
+from hf_mimic.health import likely_cause
+from hf_mimic.losses import cross_entropy
+from hf_mimic.mimic import MimicDirection, direction_norm
+from hf_mimic.reference import Reference
+from hf_mimic.reference_pass import ReferenceScores, runnable_tensors, score_reference
+from hf_mimic.selection import RUN_THE_REFERENCE
+from hf_mimic.sharding import units, whole
+
+DIRECTION_NAME = "mimic_direction.safetensors"
+SCORES_NAME = "reference_scores.parquet"
+logger = logging.getLogger(__name__)
+
+
+class ReferenceSetup:
+    """The reference of one trainer.
+
+    Args:
+        trainer: The `MimicTrainer`.
+        reference: A Hub repo id, a folder, a model or a state dict.
+    """
+
+    def __init__(self, trainer: Any, reference: Reference) -> None:
+        self.trainer, self.args, self.reference = trainer, trainer.args, reference
+        self.revision = self.args.reference_revision
+        self.head_cosine: float | None = None
+        self._first_norm: float | None = None
+
+    # ---- before training -------------------------------------------------------------------------------------------
+
+    def init_head(self) -> None:
+        """Do what `head_init` asks for, and find out whether the two heads belong together.
+
+        Raises:
+            ValueError: If the model has no classification head to set to zero, or the reference's does not fit.
+        """
+        how, model = self.args.head_init, self.trainer.model
+        if self.trainer.is_fsdp_enabled:
+            if how != "keep":
+                raise ValueError(
+                    f'`head_init` must be "keep" with FSDP, got {how!r}: some processes hold empty weights. Set the '
+                    "head before (hf_mimic.heads.init_head) and save the checkpoint."
+                )
+            return
+        if how != "keep":
+            changed = init_head(model, self.reference, how, revision=self.revision)
+            logger.warning("head_init=%r: %s of the model were replaced.", how, ", ".join(changed))
+        self.head_cosine = head_cosine(model, self.reference, revision=self.revision)
+
+    def choose_strategy(self) -> str:
+        """Return the strategy; for "auto", "trust" where the reference can judge labels, otherwise "mimic"."""
+        given = self.args.strategy
+        if given not in ("auto", *RUN_THE_REFERENCE):
+            return given
+        reason = self._cannot_run(given)
+        if reason is None:
+            return "trust" if given == "auto" else given
+        if given != "auto":
+            raise ValueError(f'strategy="{given}" runs the reference over the training data once, but {reason}.')
+        logger.info('strategy="auto" is "mimic": %s.', reason)
+        return "mimic"
+
+    def _cannot_run(self, strategy: str) -> str | None:
+        trainer, rows = self.trainer, self.trainer.train_dataset
+        remedy = 'use strategy="mimic", which only reads its weights'
+        if rows is None:
+            return None if strategy != "auto" else "there are no training data"
+        if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
+            return f"the data are a stream; {remedy}"
+        if trainer.is_fsdp_enabled or units(trainer.model):
+            return f"the model is sharded by FSDP; {remedy}"
+        loss = getattr(trainer.loss_fn, "func", trainer.loss_fn)
+        if strategy in ("auto", "trust") and loss is not cross_entropy:
+            return f"the loss is not the cross-entropy of class labels; {remedy}" + ', or strategy="ref_loss"'
+        if strategy == "auto" and not _has_ids(rows, self.args.sample_id_column):
+            return f"the samples have no `{self.args.sample_id_column}`; {remedy}"
+        try:
+            runnable_tensors(trainer.model, self.reference, revision=self.revision)
+        except ValueError as error:
+            return f"it cannot be run ({error}); {remedy}"
+        return None
+
+    def direction(self, *, warn: bool = True) -> MimicDirection:
+        """Return v, checked."""
+        direction = MimicDirection(
+            self.trainer.model,
+            self.reference,
+            self.args.mimic_layers,
+            kind=self.args.direction,
+            base=self.args.reference_base_model,
+            revision=self.revision,
+        )
+        norm = direction_norm(direction()).item()
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"reference and model must be finite in the chosen layers, got ||v|| = {norm}. Look for NaN in their "
+                "weights: one of the two has diverged."
+            )
+        if warn and not norm:
+            warnings.warn(
+                "the reference equals the model in the chosen layers (||v|| = 0): there is no direction, so all "
+                "weights are uniform until they differ, and then point back to the start. Start from another "
+                "checkpoint, or choose other `mimic_layers`.",
+                stacklevel=4,
+            )
+        self._first_norm = norm
+        return direction
+
+    # ---- when training begins --------------------------------------------------------------------------------------
+
+    def scores(self, strategy: str, *, resumed: bool) -> ReferenceScores | None:
+        """Return what the reference says of the training data, for strategies that use it.
+
+        It is saved in `output_dir`, so that a resumed run sees the same.
+        """
+        if strategy not in RUN_THE_REFERENCE:
+            return None
+        trainer, path = self.trainer, Path(self.args.output_dir) / SCORES_NAME
+        there = gather_object([path.is_file()])[0]
+        if resumed and there:
+            return ReferenceScores.load(path)
+        tensors = runnable_tensors(trainer.model, self.reference, revision=self.revision)
+        loader = trainer._get_dataloader(
+            trainer.train_dataset,
+            "Reference",
+            self.args.eval_batch_size,
+            sampler_fn=SequentialSampler,
+            is_training=True,
+        )
+        scores = score_reference(
+            trainer.model,
+            tensors,
+            loader,
+            trainer.loss_fn,
+            sample_id_column=self.args.sample_id_column,
+            gather=gather_object if self.args.world_size > 1 else None,
+            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
+        )
+        if self.args.process_index == 0:
+            scores.save(path)
+        if scores.noise_rate is not None:
+            logger.info(
+                "by the reference's predictions about %.1f %% of the labels are wrong", 100 * scores.noise_rate
+            )
+        return scores
+
+    def explain(self, report: Mapping[str, float]) -> str:
+        """Say what is likely wrong with an unhealthy score."""
+        norm = direction_norm(self.trainer.direction()).item()
+        share = norm / self._first_norm if self._first_norm else None
+        return likely_cause(report, head_cosine=self.head_cosine, norm_share=share)
+
+    def save_direction(self, folder: str) -> None:
+        """Write where direction="start" started."""
+        if self.args.direction != "start":
+            return
+        tensors = {name: whole(v).cpu().contiguous() for name, v in self.trainer.direction().items()}
+        if self.args.should_save:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(Path(folder) / DIRECTION_NAME))
+
+    def resume_direction(self, folder: str | None) -> None:
+        """Take theta_0 from where the interrupted run started, not from the model that was given now."""
+        path = Path(folder or "") / DIRECTION_NAME
+        if self.args.direction != "start":
+            return
+        if path.is_file():
+            self.trainer.direction.restart(load_file(str(path)))
+        else:
+            warnings.warn(
+                f'{path} is missing: direction="start" now starts from the model that was given, not from where the '
+                "interrupted run started."
+            )
+
+
+def _has_ids(rows: Any, column: str) -> bool:
+    names = getattr(rows, "column_names", None)
+    if names is not None:
+        return column in names
+    return len(rows) > 0 and isinstance(rows[0], Mapping) and column in rows[0]

@@ -1,0 +1,182 @@
+"""Trust: the probability that a sample's label is right, from what the reference predicts and how the sample behaved.
+
+Read `LabelNoiseModel` (the reference's predictions against the given labels), then `combine` (the mimic score and the
+loss as further evidence), then `most_f1` (a cut for it). No clean label is used anywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import log_softmax, logsumexp
+from sklearn.base import BaseEstimator
+
+_FITTED_ROWS = 20_000
+_FLOOR = 1e-6
+
+
+class LabelNoiseModel(BaseEstimator):
+    """How labels came about: the reference predicts the true class, a noisy transition turns it into the given one.
+
+        P(label = y | x) = sum_c softmax(beta z(x))_c T_cy
+
+    The temperature 1 / beta of the reference's log-probabilities z and the transition T are fitted together, by maximum
+    likelihood of the given labels (EM). So an overconfident or weak reference is found out by the labels themselves:
+    its own errors are not taken for label noise. Rows of T are drawn toward symmetric noise where a class is rare.
+
+    Args:
+        iterations: At most so many EM steps.
+        prior: How many samples of symmetric noise each class is thought to have had.
+        seed: Chooses the rows that are fitted where there are more than 20,000 (fewer for more than 100 classes).
+
+    References:
+        Noise adaptation layers: Goldberger and Ben-Reuven, ICLR 2017; confident learning, arXiv 1911.00068.
+    """
+
+    def __init__(self, iterations: int = 200, prior: float = 5.0, seed: int = 0) -> None:
+        self.iterations, self.prior, self.seed = iterations, prior, seed
+
+    def fit(self, log_probs: np.ndarray, labels: np.ndarray) -> LabelNoiseModel:
+        """Fit `beta_`, `transition_` (C, C) and `noise_rate_`.
+
+        Args:
+            log_probs: The reference's log-probabilities (N, C).
+            labels: Given labels (N,), in 0 .. C - 1.
+
+        Raises:
+            ValueError: If a value is not finite, a label is out of range, or there is no row.
+        """
+        z, labels = _checked(log_probs, labels)
+        classes = z.shape[1]
+        most = int(np.clip(2_000_000 / classes, 5_000, _FITTED_ROWS))
+        rows = np.random.default_rng(self.seed).permutation(len(labels))[:most]
+        z, y = z[rows], labels[rows]
+        beta, transition = 1.0, _symmetric(classes, 0.2)
+        before = -np.inf
+        for _ in range(self.iterations):
+            predicted = log_softmax(beta * z, axis=1)  # (N, C)
+            joint = predicted + np.log(transition[:, y].T)
+            likelihood = logsumexp(joint, axis=1, keepdims=True)
+            posterior = np.exp(joint - likelihood)  # P(true class | x, y)
+            beta = _better_beta(beta, z, np.exp(predicted), posterior)
+            counts = np.stack([posterior[y == c].sum(0) for c in range(classes)], 1)  # (true, given)
+            rate = 1 - np.trace(counts) / len(y)
+            counts += self.prior * _symmetric(classes, np.clip(rate, 1e-3, 1 - 1e-3))
+            transition = counts / counts.sum(1, keepdims=True)
+            total = float(likelihood.mean())
+            if abs(total - before) < 1e-6:
+                break
+            before = total
+        self.beta_, self.transition_ = float(beta), np.clip(transition, _FLOOR / classes, None)
+        self.noise_rate_ = float(1 - self.predict_proba(z, y).mean())
+        return self
+
+    def predict_proba(self, log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return P(the label is right) (N,)."""
+        parts = range(0, len(labels), _FITTED_ROWS)
+        found = [self._part(log_probs[i : i + _FITTED_ROWS], labels[i : i + _FITTED_ROWS]) for i in parts]
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def _part(self, log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        z, labels = _checked(log_probs, labels)
+        joint = log_softmax(self.beta_ * z, axis=1) + np.log(self.transition_[:, labels].T)
+        own = np.take_along_axis(joint, labels[:, None], 1)[:, 0]
+        return np.exp(own - logsumexp(joint, axis=1))
+
+
+def agrees_beyond_chance(log_probs: np.ndarray, labels: np.ndarray) -> bool:
+    """Return whether predictions and labels agree more often than independent ones would, by 3 standard deviations.
+
+    Where they do not, the reference is no judge of these labels, and a noise rate cannot be told from its errors.
+    """
+    z, labels = _checked(log_probs, labels)
+    predicted = z.argmax(1)
+    shares = [np.bincount(column, minlength=z.shape[1]) / len(labels) for column in (predicted, labels)]
+    chance = float(shares[0] @ shares[1])
+    return bool((predicted == labels).mean() - chance > 3 * np.sqrt(chance * (1 - chance) / len(labels)))
+
+
+def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Add evidence of any scale and sign to a trust: what it says is learned from the trust itself.
+
+    A logistic regression on the evidence's normal scores, with the trust as soft label, gives log-odds that are added
+    to the trust's own. Evidence that points the wrong way gets a negative coefficient, evidence that says nothing
+    none.
+
+    Args:
+        trust: P(the label is right) (N,); NaN where it is not known.
+        evidence: (N, K), for instance the mean mimic score and the negative mean loss; NaN where there is none.
+
+    Returns:
+        Trust (N,): as it was where there is no evidence, NaN where it was.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import QuantileTransformer
+
+    trust, evidence = np.asarray(trust, float), np.asarray(evidence, float)
+    usable = np.isfinite(evidence).any(0)
+    evidence = evidence[:, usable]
+    rows = np.flatnonzero(np.isfinite(trust) & np.isfinite(evidence).all(1))
+    known = trust[rows].clip(_FLOOR, 1 - _FLOOR)
+    if len(rows) < 20 or not evidence.shape[1] or not np.ptp(evidence[rows], axis=0).any() or np.ptp(known) < 1e-3:
+        return trust
+    scale = QuantileTransformer(
+        output_distribution="normal", n_quantiles=min(len(rows), 300), random_state=0, subsample=_FITTED_ROWS
+    )
+    scores = scale.fit_transform(evidence[rows])
+    fitted = np.random.default_rng(0).permutation(len(rows))[:_FITTED_ROWS]
+    twice, soft = np.tile(scores[fitted], (2, 1)), known[fitted]
+    model = LogisticRegression().fit(
+        twice, np.repeat([1, 0], len(fitted)), sample_weight=np.concatenate([soft, 1 - soft])
+    )
+    told = model.decision_function(scores) - _logit(soft.mean())
+    result = trust.copy()
+    result[rows] = 1 / (1 + np.exp(-(_logit(known) + told)))
+    return result
+
+
+def most_f1(trust: np.ndarray) -> float:
+    """Return the trust below which samples must be rejected for the highest expected F1 of finding wrong labels.
+
+    With calibrated probabilities this is 1 minus half of that F1; it is found from the sorted trust.
+
+    Args:
+        trust: P(the label is right) (N,), without NaN; N > 0.
+
+    References:
+        Lipton et al., arXiv 1402.1892.
+    """
+    wrong = np.sort(1 - np.asarray(trust, float))[::-1]
+    expected = 2 * np.cumsum(wrong) / (np.arange(1, len(wrong) + 1) + wrong.sum())
+    return float(1 - expected.max() / 2)
+
+
+def _better_beta(beta: float, z: np.ndarray, predicted: np.ndarray, posterior: np.ndarray) -> float:
+    """Take a Newton step for beta on the concave E[log softmax(beta z)] under the posterior."""
+    mean = (predicted * z).sum(1)
+    slope = ((posterior * z).sum(1) - mean).sum()
+    curvature = ((predicted * z**2).sum(1) - mean**2).sum()
+    return float(np.clip(beta + slope / max(curvature, 1e-12), beta / 2, beta * 2).clip(1e-2, 1e2))
+
+
+def _symmetric(classes: int, rate: float) -> np.ndarray:
+    matrix = np.full((classes, classes), rate / max(classes - 1, 1))
+    np.fill_diagonal(matrix, 1 - rate)
+    return matrix
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    return np.log(p) - np.log1p(-p)
+
+
+def _checked(log_probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    z, labels = np.asarray(log_probs, float), np.asarray(labels)
+    if z.ndim != 2 or len(z) != len(labels) or not len(z):
+        raise ValueError(f"`log_probs` must be (N, C) and `labels` (N,), N > 0, got {z.shape} and {labels.shape}.")
+    if not np.isfinite(z).all():
+        raise ValueError("`log_probs` must be finite, got NaN or infinity: the reference does not predict everything.")
+    if labels.min() < 0 or labels.max() >= z.shape[1]:
+        raise ValueError(
+            f"`labels` must be in 0 .. {z.shape[1] - 1}, got {labels.min()} .. {labels.max()}. Map them to the "
+            "reference's classes."
+        )
+    return z, labels
