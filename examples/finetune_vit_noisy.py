@@ -27,8 +27,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_mimic import MimicTrainer, MimicTrainingArguments, ThresholdFilter, attach_scores
+from hf_mimic import MimicTrainer, MimicTrainingArguments, attach_scores
 from hf_mimic.data import add_label_noise, add_sample_ids, load_rows, with_class_labels, with_image_transform
+from hf_mimic.filters import default_filter
 from hf_mimic.metrics import accuracy, detection
 
 
@@ -107,14 +108,15 @@ def main() -> None:
     if not trainer.is_world_process_zero():  # launched on several processes, one writes for all
         return
 
-    keep = ThresholdFilter().fit_predict(trainer.scores)
+    keep = default_filter(trainer.scores).fit_predict(trainer.scores)
     scored = attach_scores(dataset, trainer.scores, keep=keep)
     curated = scored.filter(lambda keep: keep, input_columns="keep")
     curated.to_parquet(str(Path(args.output_dir) / "curated.parquet"))
     print(f"kept {len(curated)} of {len(dataset)} rows")
     if script.noise:
         wrong = np.array(scored[script.label_column]) != np.array(scored["clean_label"])
-        print(detection(wrong, score=np.array(scored["mimic_score"], dtype=float), keep=keep))
+        score = "trust" if "trust" in scored.column_names else "mimic_score"
+        print(score, detection(wrong, score=np.array(scored[score], dtype=float), keep=keep))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from hf_mimic.layers import match_parameters
 from hf_mimic.reference import Reference, check_labels, find_file, read_config, read_tensors
+
+_REMEDY = 'Name it as `reference_base_model`, or use direction="current" or "start".'
 
 
 def find_base_model(reference: Reference, *, revision: str | None = None) -> str:
@@ -22,31 +25,37 @@ def find_base_model(reference: Reference, *, revision: str | None = None) -> str
     Raises:
         ValueError: If none is named; says what was looked for, and the alternatives.
     """
-    looked = []
+    what = f"a {type(reference).__name__} has no card"
     if isinstance(reference, (str, Path)):
-        from huggingface_hub import ModelCard
-
-        card, adapter = (find_file(reference, name, revision) for name in ("README.md", "adapter_config.json"))
-        looked = ["`base_model` in README.md", "`base_model_name_or_path` in adapter_config.json"]
-        named = (
-            ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data.get("base_model") if card else None
+        what = (
+            f"looked for `base_model` in README.md and `base_model_name_or_path` in adapter_config.json of {reference}"
         )
-        if isinstance(named, list) and len(named) > 1:
+        named = _named_by_card(find_file(reference, "README.md", revision))
+        adapter = find_file(reference, "adapter_config.json", revision)
+        if not named and adapter is not None:
+            named = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
+        several = list(dict.fromkeys(named)) if isinstance(named, list) else [named]
+        if len(several) > 1:
             raise ValueError(
-                f"the card of {reference} must name one base model, got {', '.join(named)} (a merged model). Name the "
-                "one whose weights to start from as `reference_base_model`."
+                f"the card of {reference} must name one base model, got {', '.join(map(str, several))} (a merged model). "
+                "Name the one whose weights to start from as `reference_base_model`."
             )
-        named = named[0] if isinstance(named, list) and named else named
-        named = named or (json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path") if adapter else None)
-        if named:
-            return str(named)
-    what = (
-        f"looked for {' and '.join(looked)} of {reference}" if looked else f"a {type(reference).__name__} has no card"
-    )
+        if several and isinstance(several[0], str) and several[0]:
+            return several[0]
     raise ValueError(
         'direction="task_vector" needs the checkpoint that the reference was fine-tuned from, and found none: '
-        f'{what}. Name it as `reference_base_model`, or use direction="current" or "start".'
+        f"{what}. {_REMEDY}"
     )
+
+
+def _named_by_card(card: Path | None) -> Any:
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(card.read_text("utf-8"), ignore_metadata_errors=True).data.get("base_model") if card else None
+    except (ValueError, YAMLError):  # metadata that cannot be read names nothing
+        return None
 
 
 def read_base_tensors(
@@ -63,14 +72,26 @@ def read_base_tensors(
         like: The reference's tensors, by the same names.
 
     Raises:
-        ValueError: If another tensor is missing or has another shape.
+        ValueError: If it cannot be read, or another tensor is missing or has another shape.
     """
     head = set(match_parameters(model, "head")) & set(names)
-    config = read_config(base) if isinstance(base, (str, Path)) else {}
     try:
-        check_labels(model, config, "the base model")
-        own = names
-    except ValueError:  # the head of other labels
-        own = [name for name in names if name not in head]
-    found = read_tensors(base, model, own, optional=head, same_labels=False)
+        own = [name for name in names if name not in head] if _has_other_labels(base, model) else names
+        found = read_tensors(base, model, own, optional=head, same_labels=False)
+    except (OSError, ValueError) as error:
+        given = base if isinstance(base, (str, Path)) else type(base).__name__
+        raise ValueError(
+            f"the reference's base model must have the chosen parameters, {given} could not be read: {error}\n{_REMEDY}"
+        ) from error
     return {name: found[name] if name in found else like[name].new_zeros(like[name].shape) for name in names}
+
+
+def _has_other_labels(base: Reference, model: nn.Module) -> bool:
+    if not isinstance(base, (str, Path)):
+        return False
+    config = read_config(base)
+    try:
+        check_labels(model, config, str(base))
+    except ValueError:
+        return True
+    return False

@@ -97,7 +97,10 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     )
     reference = None
     if scoring.run_reference:
-        reference = runnable_tensors(model, scoring.reference_model, revision=scoring.reference_revision)
+        try:
+            reference = runnable_tensors(model, scoring.reference_model, revision=scoring.reference_revision)
+        except ValueError as error:
+            raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
     table = score_dataset(
         model,
         _transformed(rows, processor, options),
@@ -162,7 +165,7 @@ def filter_rows(options: FilterArguments) -> str:
 
 def _keep(options: FilterArguments, table: ScoreTable) -> tuple[str, Any]:
     """Return the rule in words, and what it keeps."""
-    from hf_mimic.filters import ThresholdFilter, TrustFilter, has_trust
+    from hf_mimic.filters import ThresholdFilter, TrustFilter, default_filter
 
     given = [n for n in ("min_trust", "threshold", "min_score") if getattr(options, n) is not None]
     if len(given) > 1:
@@ -171,12 +174,15 @@ def _keep(options: FilterArguments, table: ScoreTable) -> tuple[str, Any]:
         return f"mimic score >= {options.min_score:g}", ~(
             table.aggregate()["mimic_score"].to_numpy() < options.min_score
         )
-    if given == ["threshold"] or (not given and not has_trust(table)):
-        weights = ThresholdFilter(1.0 if options.threshold is None else options.threshold)
-        return f"relative weight >= {weights.threshold:g} at most visits", weights.fit_predict(table)
-    trust = TrustFilter("f1" if options.min_trust is None else options.min_trust)
-    keep = trust.fit_predict(table)
-    return f"trust >= {trust.min_trust_:.3f}", keep
+    rule = default_filter(table)
+    if options.threshold is not None:
+        rule = ThresholdFilter(options.threshold)
+    elif options.min_trust is not None:
+        rule = TrustFilter(options.min_trust)
+    keep = rule.fit_predict(table)
+    if isinstance(rule, TrustFilter):
+        return f"trust >= {rule.min_trust_:.3f}", keep
+    return f"relative weight >= {rule.threshold:g} at most visits", keep
 
 
 def _check_output(options: FilterArguments) -> None:

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.data import add_label_noise, add_sample_ids
-from hf_mimic.filters import ThresholdFilter, TrustFilter, has_trust
+from hf_mimic.filters import default_filter
 from hf_mimic.metrics import detection
 from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 from hf_mimic.trainer import MimicTrainer
@@ -123,8 +123,7 @@ def run_story(
     options = {**story.options, "seed": seed, "reference_model": str(output_dir / "reference"), **story.mimic_options}
     trainer = _train(MimicTrainer, base, MimicTrainingArguments, story.noisy, output_dir, options)
     tick(None)
-    rule = TrustFilter() if has_trust(trainer.scores) else ThresholdFilter()
-    keep = rule.fit_predict(trainer.scores)
+    keep = default_filter(trainer.scores).fit_predict(trainer.scores)
     scored = attach_scores(story.noisy, trainer.scores, keep=keep)
     kept = scored.select(np.flatnonzero(_column(scored, "keep")))
     curated = train(base, kept.remove_columns([name for name in ATTACHED if name in kept.column_names]), "curated")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
 
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import most_f1
@@ -40,7 +41,7 @@ class TrustFilter(BaseEstimator):
             trust = _trust(scores)
             self.min_trust_ = most_f1(trust[~np.isnan(trust)])
             return self
-        if isinstance(self.min_trust, str) or not 0 <= self.min_trust <= 1:
+        if not isinstance(self.min_trust, (int, float)) or not 0 <= self.min_trust <= 1:
             raise ValueError(
                 f'`min_trust` must be in [0, 1] or "f1", got {self.min_trust!r}. Use 0.5 for more likely right.'
             )
@@ -56,16 +57,12 @@ class TrustFilter(BaseEstimator):
         Returns:
             Booleans (N,); for a table in the order of `scores.aggregate()`.
         """
+        check_is_fitted(self)
         return ~(_trust(scores) < self.min_trust_)
 
     def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
         """Return `fit(scores).predict(scores)`."""
         return self.fit(scores).predict(scores)
-
-
-def has_trust(scores: ScoreTable) -> bool:
-    """Return whether the reference was run on any of the samples."""
-    return scores.to_arrow()["ref_trust"].null_count < len(scores)
 
 
 def _trust(scores: ScoreTable | np.ndarray) -> np.ndarray:
@@ -137,6 +134,12 @@ class ThresholdFilter(BaseEstimator):
     def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
         """Return `fit(scores).predict(scores)`."""
         return self.fit(scores).predict(scores)
+
+
+def default_filter(scores: ScoreTable) -> TrustFilter | ThresholdFilter:
+    """Return a `TrustFilter` where the reference was run on any of the samples, else a `ThresholdFilter`."""
+    trust = scores.to_arrow()["ref_trust"]
+    return TrustFilter() if trust.null_count < len(trust) else ThresholdFilter()
 
 
 def _visits(scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

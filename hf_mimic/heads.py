@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,35 @@ def init_head(model: nn.Module, reference: Reference, how: str, *, revision: str
         revision: Branch, tag or commit of the reference's Hub repo.
 
     Raises:
-        ValueError: If a contrastive model's projections would be set to zero, or the reference's head does not fit.
+        ValueError: If there is no linear layer to set to zero (image-text models; a frozen one or one that an adapter
+            wraps), or the reference's head does not fit.
     """
-    names = match_parameters(model, "head")
     named = dict(model.named_parameters(remove_duplicate=False))
     if how == "zero":
-        if any(name.rpartition(".")[2] in ("logit_scale", "logit_bias") for name in named):
-            raise ValueError('`head_init` must be "keep" or "reference" for image-text models, got "zero".')
+        names = _last_linear(model)
         tensors = {name: torch.zeros_like(named[name]) for name in names}
     else:
+        names = match_parameters(model, "head")
         tensors = read_tensors(reference, model, names, revision=revision)
     for name in names:
         named[name].copy_(tensors[name])
+    return names
+
+
+def _last_linear(model: nn.Module) -> list[str]:
+    """Return the parameters of the head's last linear layer: with more of them at zero, none would ever learn."""
+    if any(re.sub(r"^((base_model\.model|module)\.)+", "", n) == "logit_scale" for n, _ in model.named_parameters()):
+        raise ValueError('`head_init` must be "keep" or "reference" for image-text models, got "zero".')
+    head = match_parameters(model, "head")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    last = [name for name in layers if any(n.startswith(f"{name}.") for n in head)][-1:]
+    names = [n for n in head if last and n.startswith(f"{last[0]}.")]
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if not names or "lora_" in names[0] or not all(named[n].requires_grad for n in names):
+        raise ValueError(
+            '`head_init`="zero" needs a linear layer at the end of the head that is trained itself, got none: the head is '
+            'frozen, or an adapter wraps it. Name it in `modules_to_save`, or use "keep" or "reference".'
+        )
     return names
 
 

@@ -149,5 +149,6 @@ class HealthWatch:
         import warnings
 
         warnings.warn(
-            message + (" Its part of the weights is uniform from here on." if self.on_unhealthy == "uniform" else "")
+            message
+            + (" It is left out of the weights as long as that is so." if self.on_unhealthy == "uniform" else "")
         )

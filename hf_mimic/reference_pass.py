@@ -21,7 +21,10 @@ from hf_mimic.files import write_atomically
 from hf_mimic.finite import without_trace
 from hf_mimic.losses import PerSampleLoss, model_inputs
 from hf_mimic.mimic import eval_mode
-from hf_mimic.reference import Reference, read_tensors, stored_tensors
+from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
+
+_PARTS = ("vision_config", "text_config")
+_SHAPE = ("model_type", "num_hidden_layers", "depths", "num_attention_heads", "patch_size", "hidden_act")
 
 
 def runnable_tensors(model: nn.Module, reference: Reference, *, revision: str | None = None) -> dict[str, Tensor]:
@@ -35,16 +38,46 @@ def runnable_tensors(model: nn.Module, reference: Reference, *, revision: str | 
         FileNotFoundError: If there is no safetensors file.
     """
     own = stored_tensors(model)
+    _check_architecture(model, reference, revision)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     lora = {name for name in trained if ".lora_A." in name or ".lora_B." in name}
     found = read_tensors(reference, model, own, revision=revision, optional={*own} - trained | lora)
     if not lora & found.keys():
         found |= {name: torch.zeros_like(own[name]) for name in lora}
-    if missing := lora - found.keys():
-        raise ValueError(f"the reference must have all of the LoRA's tensors or none, {min(missing)} is not in it.")
+    statistics = {name for name in own if name.endswith(("running_mean", "running_var"))}
+    if missing := (lora | statistics) - found.keys():
+        raise ValueError(
+            f"the reference must have every tensor that its outputs depend on, {min(missing)} is not in it. Give it as a "
+            "folder, a Hub repo id or a whole state dict."
+        )
     if not found:
         raise ValueError("the reference must have tensors of the model, got none.")
     return found
+
+
+def _check_architecture(model: nn.Module, reference: Reference, revision: str | None) -> None:
+    """Raise if the reference has more to it than the model has a place for: it would be another model that is run."""
+    if isinstance(reference, nn.Module):
+        if hasattr(reference, "peft_config") and not hasattr(model, "peft_config"):
+            raise ValueError(
+                "the reference must have no adapter that the model has not, got a PEFT model. Merge it: "
+                "reference.merge_and_unload()."
+            )
+        theirs: Any = getattr(getattr(reference, "config", None), "to_dict", dict)()
+    else:
+        theirs = read_config(reference, revision=revision) if isinstance(reference, (str, Path)) else {}
+    own: Any = getattr(getattr(model, "config", None), "to_dict", dict)()
+    for mine, other in ((own, theirs), *((own.get(n) or {}, theirs.get(n) or {}) for n in _PARTS)):
+        for name in _SHAPE:
+            if name in mine and name in other and _plain(mine[name]) != _plain(other[name]):
+                raise ValueError(
+                    f"the reference must have the model's architecture to be run, got {name}={other[name]} instead of "
+                    f"{mine[name]}."
+                )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager
@@ -96,17 +129,23 @@ class ReferenceScores:
         there = known[place] == ids
         return torch.where(there, losses[place], torch.nan), torch.where(there, trust[place], torch.nan)
 
-    def save(self, path: str | Path) -> None:
-        """Write `sample_id`, `ref_loss` and `ref_trust` as Parquet, whole or not at all."""
+    def save(self, path: str | Path, *, fingerprint: str = "") -> None:
+        """Write `sample_id`, `ref_loss` and `ref_trust` as Parquet, whole or not at all; see `load`."""
         columns = [pa.array(self.ids)] + [pa.array(c, mask=np.isnan(c)) for c in (self.losses, self.trust)]
         table = pa.table(columns, names=["sample_id", "ref_loss", "ref_trust"])
+        table = table.replace_schema_metadata({"fingerprint": fingerprint})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda file: pq.write_table(table, file, compression="zstd"))
 
     @classmethod
-    def load(cls, path: str | Path) -> ReferenceScores:
-        """Read what `save` wrote."""
-        table = pq.read_table(path)
+    def load(cls, path: str | Path, *, fingerprint: str = "") -> ReferenceScores | None:
+        """Read what `save` wrote; None if there is no whole file, or it is of another reference or other data."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid):
+            return None
+        if (table.schema.metadata or {}).get(b"fingerprint") != fingerprint.encode():
+            return None
         ids, losses, trust = (table[n].to_numpy() for n in ("sample_id", "ref_loss", "ref_trust"))
         return cls(ids, losses.astype(float), trust.astype(float))
 
@@ -149,7 +188,7 @@ def score_reference(
             if _classifies(logits, labels):
                 found["log_probs"].append(torch.log_softmax(logits.float(), -1).half().cpu().numpy())
                 found["labels"].append(labels.cpu().numpy())
-    columns = {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
+    columns: Any = {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
     if gather is not None:
         every = gather([columns])
         columns = {
@@ -160,6 +199,12 @@ def score_reference(
         }
     if columns["ids"] is None:
         raise ValueError("the data set must have samples for the reference to run on, got none.")
+    broken = float((~np.isfinite(columns["losses"])).mean())
+    if broken > 0.5:
+        raise ValueError(
+            f"the reference's losses must be finite, got {broken:.0%} that are not: it has diverged, or its weights hold "
+            'NaN. Use another reference, or strategy="mimic" if the chosen layers are sound.'
+        )
     return _judged(**columns)
 
 
@@ -179,7 +224,7 @@ def _judged(ids: Any, losses: Any, log_probs: Any, labels: Any) -> ReferenceScor
     trust = np.full(len(ids), np.nan)
     if log_probs is None or len(log_probs) != len(ids):
         return ReferenceScores(ids, losses, trust)
-    labelled = (labels >= 0) & np.isfinite(log_probs).all(1)
+    labelled = (labels >= 0) & (labels < log_probs.shape[1]) & np.isfinite(log_probs).all(1)
     _, first = np.unique(ids, return_index=True)  # a padded row must not count twice
     once = np.intersect1d(first, np.flatnonzero(labelled))
     if not len(once):
@@ -188,7 +233,7 @@ def _judged(ids: Any, losses: Any, log_probs: Any, labels: Any) -> ReferenceScor
         warnings.warn(
             f"the reference agrees with {(log_probs[once].argmax(1) == labels[once]).mean():.0%} of {len(once)} labels, no "
             "more than chance: it is no judge of them, and there is no trust. Look at the order of the labels, at how "
-            "images are preprocessed, and at the reference's accuracy."
+            'images are preprocessed, and at the reference\'s accuracy. Without a trust, strategy="trust" weighs all alike.'
         )
         return ReferenceScores(ids, losses, trust)
     model = LabelNoiseModel().fit(log_probs[once], labels[once])

@@ -5,6 +5,7 @@ Read `ReferenceSetup` in the order in which a run calls it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import warnings
@@ -12,13 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+import numpy as np
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
 from hf_mimic.heads import head_cosine, init_head
 from hf_mimic.health import likely_cause
-from hf_mimic.losses import cross_entropy
+from hf_mimic.losses import clip_contrastive, cross_entropy, siglip_sigmoid
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import ReferenceScores, runnable_tensors, score_reference
@@ -90,7 +94,7 @@ class ReferenceSetup:
         loss = getattr(trainer.loss_fn, "func", trainer.loss_fn)
         if strategy in ("auto", "trust") and loss is not cross_entropy:
             return f"the loss is not the cross-entropy of class labels; {remedy}" + ', or strategy="ref_loss"'
-        if strategy == "auto" and not _has_ids(rows, self.args.sample_id_column):
+        if not _has_ids(rows, self.args.sample_id_column):
             return f"the samples have no `{self.args.sample_id_column}`; {remedy}"
         try:
             runnable_tensors(trainer.model, self.reference, revision=self.revision)
@@ -129,38 +133,52 @@ class ReferenceSetup:
     def scores(self, strategy: str, *, resumed: bool) -> ReferenceScores | None:
         """Return what the reference says of the training data, for strategies that use it.
 
-        It is saved in `output_dir`, so that a resumed run sees the same.
+        It is saved in `output_dir`, so that a resumed run sees the same; made anew if it is of another reference or of
+        other data.
         """
         if strategy not in RUN_THE_REFERENCE:
             return None
-        trainer, path = self.trainer, Path(self.args.output_dir) / SCORES_NAME
-        there = gather_object([path.is_file()])[0]
-        if resumed and there:
-            return ReferenceScores.load(path)
-        tensors = runnable_tensors(trainer.model, self.reference, revision=self.revision)
-        loader = trainer._get_dataloader(
-            trainer.train_dataset,
-            "Reference",
-            self.args.eval_batch_size,
-            sampler_fn=SequentialSampler,
-            is_training=True,
-        )
+        rows, path = self.trainer.train_dataset, Path(self.args.output_dir) / SCORES_NAME
+        tensors = runnable_tensors(self.trainer.model, self.reference, revision=self.revision)
+        fingerprint = _fingerprint(tensors, rows, self.args.sample_id_column)
+        kept = [
+            ReferenceScores.load(path, fingerprint=fingerprint) if resumed and not self.args.process_index else None
+        ]
+        scores = broadcast_object_list(kept)[0]
+        if scores is None:
+            scores = self._run(tensors)
+            if self.args.process_index == 0:
+                scores.save(path, fingerprint=fingerprint)
+        return scores
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> ReferenceScores:
+        trainer, args = self.trainer, self.args
+        # A loss that couples samples depends on how many there are; others may take as many as fit.
+        size = args.train_batch_size if self._couples() else max(args.train_batch_size, args.eval_batch_size)
+        drops, args.dataloader_drop_last = args.dataloader_drop_last, False
+        try:
+            loader = trainer._get_dataloader(
+                trainer.train_dataset, "Reference", size, sampler_fn=SequentialSampler, is_training=True
+            )
+        finally:
+            args.dataloader_drop_last = drops
         scores = score_reference(
             trainer.model,
             tensors,
             loader,
             trainer.loss_fn,
-            sample_id_column=self.args.sample_id_column,
-            gather=gather_object if self.args.world_size > 1 else None,
-            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
+            sample_id_column=args.sample_id_column,
+            gather=gather_object if args.world_size > 1 else None,
+            progress=args.process_index == 0 and not args.disable_tqdm,
         )
-        if self.args.process_index == 0:
-            scores.save(path)
         if scores.noise_rate is not None:
             logger.info(
                 "by the reference's predictions about %.1f %% of the labels are wrong", 100 * scores.noise_rate
             )
         return scores
+
+    def _couples(self) -> bool:
+        return getattr(self.trainer.loss_fn, "func", self.trainer.loss_fn) in (clip_contrastive, siglip_sigmoid)
 
     def explain(self, report: Mapping[str, float]) -> str:
         """Say what is likely wrong with an unhealthy score."""
@@ -189,6 +207,19 @@ class ReferenceSetup:
                 f'{path} is missing: direction="start" now starts from the model that was given, not from where the '
                 "interrupted run started."
             )
+
+
+def _fingerprint(tensors: Mapping[str, Tensor], rows: Any, column: str) -> str:
+    """Return a hash of the reference's weights, and of the number, the ids and the labels of the rows."""
+    found = hashlib.sha256(str(len(rows)).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.double().sum().item()!r} {tensor.double().abs().sum().item()!r}".encode())
+    if isinstance(rows, Dataset):
+        plain = rows.with_format("numpy")
+        for name in (column, "label", "labels"):
+            if name in rows.column_names:
+                found.update(np.asarray(plain.select_columns([name])[:][name]).tobytes())
+    return found.hexdigest()
 
 
 def _has_ids(rows: Any, column: str) -> bool:

@@ -19,6 +19,7 @@ from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
 from hf_mimic.selection import (
     STRATEGIES,
+    USE_THE_SCORE,
     BatchSignals,
     EvidenceTemperature,
     RunningTemperature,
@@ -52,20 +53,22 @@ class ScoredTraining:
         self._barren: bool
         self._nonfinite: Any
         self._norm: Any
+        self._leaves_out = self.args.on_unhealthy == "uniform" and self.strategy in USE_THE_SCORE
         self._new_step()
 
-    def state(self) -> dict[str, dict[str, float]]:
+    def state(self) -> dict[str, Any]:
         """Return the running temperature and the health for a checkpoint; empty before the first step."""
         variance, shape = self.temperature.variance, self.temperature.shape
         known = variance is not None and shape is not None
         temperature = {"variance": float(variance), "shape": float(shape)} if known else {}  # type: ignore[arg-type]
-        return {"temperature": temperature, "health": self.health.state()}
+        return {"strategy": self.strategy, "temperature": temperature, "health": self.health.state()}
 
-    def resume(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Go on with the running temperature and the health of a checkpoint."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the health of a checkpoint, and with its temperature if that was of the same strategy."""
         parameter = next(self.trainer.model.parameters())
         like = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-        for name, value in state.get("temperature", {}).items():
+        same = state.get("strategy", "mimic") == self.strategy
+        for name, value in state.get("temperature", {}).items() if same else ():
             setattr(self.temperature, name, like.new_tensor(value))
         self.health.resume(state.get("health", {}), like)
 
@@ -118,6 +121,8 @@ class ScoredTraining:
             sums = groups[0][0]
             evidence = isinstance(self.temperature, EvidenceTemperature)
             told = sums.trust_correlation if evidence else sums.effective_sample_size / sums.count
+            if self._leaves_out and not evidence:  # then the weights say nothing about the temperature
+                told = torch.where(self.health.unhealthy.to(told.device), torch.nan, told)
             self.temperature.update(sums.signal_variance, told, sums.count)
         self._look_after(groups)
         self.log.add(groups, self._norm, self._nonfinite)
@@ -142,6 +147,11 @@ class ScoredTraining:
     def _look_after(self, groups: list) -> None:
         self.health.update(groups)
         if self._steps % _LOOK_EVERY == _LOOK_EVERY - 1:
+            self.look()
+
+    def look(self) -> None:
+        """Warn or raise, by `on_unhealthy`, if the weights use a score that is unhealthy."""
+        if self.strategy in USE_THE_SCORE:
             self.watch.look(self.health_report())
 
     # ---- one micro-batch -------------------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ class ScoredTraining:
             else:
                 tau = 1.0 if self.temperature.variance is None else self.temperature.value
         tau = 1.0 if isinstance(tau, str) else tau
-        if self.args.on_unhealthy == "uniform" and self.strategy in ("mimic", "trust"):
+        if self._leaves_out:
             tau = torch.where(self.health.unhealthy.to(signals.losses.device), torch.inf, tau)
         return STRATEGIES[self.strategy](signals, temperature=tau)
 

@@ -42,7 +42,8 @@ def score_dataset(
         dataset: Rows as the model takes them (or with a transform that makes them so), with unique integer ids.
         direction: Parameter name to v, from `reference_direction`.
         reference: Hub repo id, folder, model or state dict; if given, the reference is run too, for another forward pass
-            over the data set: `ref_loss`, and `ref_trust` where the model classifies.
+            over the data set: `ref_loss`, and `ref_trust` where the model classifies. Of another revision than `main`:
+            what `hf_mimic.reference_pass.runnable_tensors` returns.
         loss_fn: (outputs, batch) -> (B,); by default the loss that the model is trained with.
         batch_size: Samples per forward pass; contrastive losses depend on it.
         sample_id_column: Name of the id column.

@@ -78,17 +78,17 @@ def trust(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor
 
 
 def ref_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Prefer what the reference finds easy: log-weights -l_ref / tau (B,).
+    """Prefer what the reference finds easy: log-weights -l_ref / tau (B,); the model's own loss where that is not known.
 
     Args:
         signals: Of one batch, with `ref_losses`.
         temperature: tau, in units of the loss.
     """
-    return -torch.nan_to_num(_needed(signals.ref_losses, "ref_loss")) / temperature
+    return -_reference_losses(signals, "ref_loss") / temperature
 
 
 def rho_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Prefer what can still be learned: log-weights (l - l_ref) / tau (B,), the reducible holdout loss.
+    """Prefer what can still be learned: log-weights (l - l_ref) / tau (B,), the reducible holdout loss; 0 if not known.
 
     Args:
         signals: Of one batch, with `ref_losses`.
@@ -97,7 +97,7 @@ def rho_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Ten
     References:
         RHO-loss, arXiv 2206.07137 (which keeps the top of a batch instead of weighting it).
     """
-    return (signals.losses - torch.nan_to_num(_needed(signals.ref_losses, "rho_loss"))) / temperature
+    return (signals.losses - _reference_losses(signals, "rho_loss")) / temperature
 
 
 def small_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -117,6 +117,11 @@ def _needed(values: Tensor | None, strategy: str) -> Tensor:
     if values is None:
         raise ValueError(f'strategy="{strategy}" needs what the reference says of the samples, got none.')
     return values
+
+
+def _reference_losses(signals: BatchSignals, strategy: str) -> Tensor:
+    found = _needed(signals.ref_losses, strategy)
+    return torch.where(found.isfinite(), found, signals.losses)
 
 
 class RunningTemperature:
@@ -159,13 +164,15 @@ class RunningTemperature:
     def update(self, variance: Tensor, effective_share: Tensor, count: Tensor) -> None:
         """Take in one step: its scores' variance, their effective sample size as a share, their number; 0-d each.
 
-        A step of one sample, or of equal scores, says nothing and changes nothing.
+        A step of one sample, or of equal scores, says nothing and changes nothing; an effective share that is not a
+        number (the weights were not this temperature's) leaves k as it is.
         """
         if self.variance is None or self.shape is None:
             return
         told, wanted = self._spread(variance, count), _share_of(count, self.share).log()
         moved = self.shape * (1 + self.rate * (effective_share.log() / wanted - 1))
-        self.shape = torch.where(told & self._varied, moved, self.shape).clamp(1e-4, 1e4)
+        told = told & self._varied & effective_share.isfinite()
+        self.shape = torch.where(told, moved, self.shape).clamp(1e-4, 1e4)
 
     def _spread(self, variance: Tensor, count: Tensor) -> Tensor:
         """Average the variance; return whether the step told anything."""
@@ -256,10 +263,13 @@ STRATEGIES: dict[str, Callable[..., Tensor]] = {
     "small_loss": small_loss,
     "uniform": uniform,
 }
+USE_THE_SCORE = ("mimic", "trust")
 RUN_THE_REFERENCE = ("trust", "ref_loss", "rho_loss")
 
 
 def scaled_part(strategy: str, signals: BatchSignals) -> Tensor:
     """Return what a strategy divides by the temperature (B,): its log-weights at tau = 1 less those at infinity."""
+    if strategy in USE_THE_SCORE:  # exactly: a difference would lose small scores to rounding
+        return signals.mimic_scores
     weigh = STRATEGIES[strategy]
     return weigh(signals, temperature=1.0) - weigh(signals, temperature=torch.inf)

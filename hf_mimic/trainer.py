@@ -206,9 +206,10 @@ class MimicTrainer(ResumingTrainer):
         self.engine.prepared(self.model_wrapped)
         parameters = {id(p) for p in self.model.parameters()}
         known, restarts = self.direction is not None, self.args.direction == "start" and not step and not self._runs
-        if not known or restarts or not parameters >= set(map(id, self.direction.parameters.values())):
+        replaced = known and not parameters >= set(map(id, self.direction.parameters.values()))
+        if not known or restarts or replaced:
             # FSDP replaced the parameters, `model_init` made others, or theta_0 is where they are now
-            if known and not restarts and not step:
+            if replaced and not step:
                 self.reference.init_head()
             self.direction = self.reference.direction(warn=not known)
         self.reference_scores = self.reference.scores(self.strategy, resumed=bool(step))
@@ -254,5 +255,6 @@ class _ScoreCallback(TrainerCallback):
         self.trainer.scores.flush(args.process_index)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.training.look()
         self.trainer.scores.flush(args.process_index)
         self.trainer.accelerator.wait_for_everyone()  # from here on every process reads the rows of all

@@ -11,6 +11,8 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.base import BaseEstimator
 
 _FITTED_ROWS = 20_000
+_ENOUGH_EVIDENCE = 100  # rows
+_HIGHEST_CUT = 2 / 3
 _FLOOR = 1e-6
 
 
@@ -25,14 +27,15 @@ class LabelNoiseModel(BaseEstimator):
 
     Args:
         iterations: At most so many EM steps.
-        prior: How many samples of symmetric noise each class is thought to have had.
+        prior: How many samples of symmetric noise each class is thought to have had; None for C^2 / 20, between 5
+            and 5 C: with few rows for each of C^2 confusions, a free transition would explain the reference's errors.
         seed: Chooses the rows that are fitted where there are more than 20,000 (fewer for more than 100 classes).
 
     References:
         Noise adaptation layers: Goldberger and Ben-Reuven, ICLR 2017; confident learning, arXiv 1911.00068.
     """
 
-    def __init__(self, iterations: int = 200, prior: float = 5.0, seed: int = 0) -> None:
+    def __init__(self, iterations: int = 200, prior: float | None = None, seed: int = 0) -> None:
         self.iterations, self.prior, self.seed = iterations, prior, seed
 
     def fit(self, log_probs: np.ndarray, labels: np.ndarray) -> LabelNoiseModel:
@@ -45,12 +48,13 @@ class LabelNoiseModel(BaseEstimator):
         Raises:
             ValueError: If a value is not finite, a label is out of range, or there is no row.
         """
-        z, labels = _checked(log_probs, labels)
+        log_probs, labels = np.asarray(log_probs), np.asarray(labels)
+        most = int(np.clip(2_000_000 / max(log_probs.shape[-1], 1), 5_000, _FITTED_ROWS))
+        rows = np.random.default_rng(self.seed).permutation(len(log_probs))[:most]
+        z, y = _checked(log_probs[rows], labels[rows] if len(labels) == len(log_probs) else labels)
         classes = z.shape[1]
-        most = int(np.clip(2_000_000 / classes, 5_000, _FITTED_ROWS))
-        rows = np.random.default_rng(self.seed).permutation(len(labels))[:most]
-        z, y = z[rows], labels[rows]
         beta, transition = 1.0, _symmetric(classes, 0.2)
+        prior = max(5.0, min(classes**2 / 20, 5.0 * classes)) if self.prior is None else self.prior
         before = -np.inf
         for _ in range(self.iterations):
             predicted = log_softmax(beta * z, axis=1)  # (N, C)
@@ -60,7 +64,7 @@ class LabelNoiseModel(BaseEstimator):
             beta = _better_beta(beta, z, np.exp(predicted), posterior)
             counts = np.stack([posterior[y == c].sum(0) for c in range(classes)], 1)  # (true, given)
             rate = 1 - np.trace(counts) / len(y)
-            counts += self.prior * _symmetric(classes, np.clip(rate, 1e-3, 1 - 1e-3))
+            counts += prior * _symmetric(classes, np.clip(rate, 1e-3, 1 - 1e-3))
             transition = counts / counts.sum(1, keepdims=True)
             total = float(likelihood.mean())
             if abs(total - before) < 1e-6:
@@ -88,9 +92,8 @@ def agrees_beyond_chance(log_probs: np.ndarray, labels: np.ndarray) -> bool:
 
     Where they do not, the reference is no judge of these labels, and a noise rate cannot be told from its errors.
     """
-    z, labels = _checked(log_probs, labels)
-    predicted = z.argmax(1)
-    shares = [np.bincount(column, minlength=z.shape[1]) / len(labels) for column in (predicted, labels)]
+    predicted, labels = np.asarray(log_probs).argmax(1), np.asarray(labels)
+    shares = [np.bincount(column, minlength=np.shape(log_probs)[1]) / len(labels) for column in (predicted, labels)]
     chance = float(shares[0] @ shares[1])
     return bool((predicted == labels).mean() - chance > 3 * np.sqrt(chance * (1 - chance) / len(labels)))
 
@@ -107,7 +110,7 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
         evidence: (N, K), for instance the mean mimic score and the negative mean loss; NaN where there is none.
 
     Returns:
-        Trust (N,): as it was where there is no evidence, NaN where it was.
+        Trust (N,): as it was where there is no evidence (or less than 100 rows of it), NaN where it was.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import QuantileTransformer
@@ -117,7 +120,12 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     evidence = evidence[:, usable]
     rows = np.flatnonzero(np.isfinite(trust) & np.isfinite(evidence).all(1))
     known = trust[rows].clip(_FLOOR, 1 - _FLOOR)
-    if len(rows) < 20 or not evidence.shape[1] or not np.ptp(evidence[rows], axis=0).any() or np.ptp(known) < 1e-3:
+    if (
+        len(rows) < _ENOUGH_EVIDENCE
+        or not evidence.shape[1]
+        or not np.ptp(evidence[rows], axis=0).any()
+        or np.ptp(known) < 1e-3
+    ):
         return trust
     scale = QuantileTransformer(
         output_distribution="normal", n_quantiles=min(len(rows), 300), random_state=0, subsample=_FITTED_ROWS
@@ -137,7 +145,8 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
 def most_f1(trust: np.ndarray) -> float:
     """Return the trust below which samples must be rejected for the highest expected F1 of finding wrong labels.
 
-    With calibrated probabilities this is 1 minus half of that F1; it is found from the sorted trust.
+    With calibrated probabilities this is 1 minus half of that F1; it is found from the sorted trust. It is never above
+    2/3: where few labels are wrong, or the trust does not tell them, the highest F1 would reject almost everything.
 
     Args:
         trust: P(the label is right) (N,), without NaN; N > 0.
@@ -147,7 +156,7 @@ def most_f1(trust: np.ndarray) -> float:
     """
     wrong = np.sort(1 - np.asarray(trust, float))[::-1]
     expected = 2 * np.cumsum(wrong) / (np.arange(1, len(wrong) + 1) + wrong.sum())
-    return float(1 - expected.max() / 2)
+    return min(float(1 - expected.max() / 2), _HIGHEST_CUT)
 
 
 def _better_beta(beta: float, z: np.ndarray, predicted: np.ndarray, posterior: np.ndarray) -> float:

@@ -42,6 +42,23 @@ def test_the_head_that_an_adapter_trains():
     assert torch.equal(trained.weight, reference.classifier.weight)
 
 
+def test_only_the_last_layer_of_a_head_is_zero():
+    model = models.make("vit")
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
+    assert init_head(model, model, "zero") == ["classifier.2.weight", "classifier.2.bias"]
+    assert model.classifier[0].weight.any()
+    assert init_head(models.make("swinv2"), model, "zero") == ["classifier.weight", "classifier.bias"]  # logit_scale
+
+
+@pytest.mark.parametrize(
+    "how", [{"modules_to_save": None}, {"target_modules": ["classifier"], "modules_to_save": None}]
+)
+def test_a_head_that_is_not_trained_itself_cannot_be_zero(how):
+    model = models.with_lora(models.make("vit"), **how)
+    with pytest.raises(ValueError, match="needs a linear layer at the end of the head that is trained itself"):
+        init_head(model, model, "zero")
+
+
 def test_projections_cannot_be_zero():
     model = models.make("clip")
     with pytest.raises(ValueError, match=r'must be "keep" or "reference" for image-text models, got "zero"'):
@@ -92,6 +109,27 @@ def test_no_base_says_what_was_looked_for(tmp_path, text):
 def test_a_merged_model_has_several(tmp_path):
     with pytest.raises(ValueError, match="must name one base model, got user/a, user/b"):
         find_base_model(card(tmp_path / "reference", "base_model:\n- user/a\n- user/b"))
+
+
+@pytest.mark.parametrize("named", ["/no/such/dir", "a b c", "outputs/checkpoint-500/x"])
+def test_a_base_that_cannot_be_read(tmp_path, named):
+    model = models.make("vit")
+    model.save_pretrained(tmp_path)
+    folder = card(tmp_path, f"base_model: {named}")
+    with pytest.raises(
+        ValueError, match=r"the reference's base model .*could not be read.*\n.*`reference_base_model`"
+    ):
+        MimicDirection(model, folder, kind="task_vector")
+
+
+@pytest.mark.parametrize("text", ["base_model: [unclosed", "base_model:\n  name: x"])
+def test_metadata_that_names_nothing(tmp_path, text):
+    with pytest.raises(ValueError, match="found none: looked for"):
+        find_base_model(card(tmp_path / "reference", text))
+
+
+def test_the_same_base_twice_is_one(tmp_path):
+    assert find_base_model(card(tmp_path / "reference", "base_model:\n- user/a\n- user/a")) == "user/a"
 
 
 def test_task_vector_by_the_card(tmp_path):

@@ -83,6 +83,28 @@ def test_a_reference_that_lacks_a_trained_tensor():
     assert "classifier.weight" not in runnable_tensors(student, tensors)  # then the student's own will do
 
 
+def test_references_that_would_be_another_model(tmp_path):
+    student = models.make("vit")
+    with pytest.raises(ValueError, match=r"no adapter that the model has not.*merge_and_unload"):
+        runnable_tensors(student, models.with_lora(models.make("vit")))
+    deeper = models.make("vit", num_hidden_layers=4)
+    deeper.save_pretrained(tmp_path)
+    for reference in (deeper, str(tmp_path)):
+        with pytest.raises(ValueError, match=r"architecture to be run, got num_hidden_layers=4 instead of 2"):
+            runnable_tensors(student, reference)
+    bare = dict(models.make("resnet", seed=1).named_parameters())
+    with pytest.raises(ValueError, match=r"every tensor that its outputs depend on, .*running_mean is not in it"):
+        runnable_tensors(models.make("resnet"), bare)
+
+
+def test_a_reference_that_has_diverged():
+    student, reference = pair("vit")
+    with torch.no_grad():
+        reference.vit.layernorm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"losses must be finite, got 100% that are not: it has diverged"):
+        score_reference(student, runnable_tensors(student, reference), batches(), cross_entropy, progress=False)
+
+
 # ---- scores --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +174,16 @@ def test_samples_without_label_or_with_a_broken_one():
     found = score_reference(student, runnable_tensors(student, reference), rows, cross_entropy, progress=False)
     assert np.flatnonzero(np.isnan(found.trust)).tolist() == [0, 15]
     assert np.flatnonzero(np.isnan(found.losses)).tolist() == [15]
+
+
+def test_a_file_of_another_run_is_not_believed(tmp_path):
+    path, found = tmp_path / "scores.parquet", ReferenceScores(np.array([3]), np.array([0.3]), np.array([0.9]))
+    assert ReferenceScores.load(path) is None
+    found.save(path, fingerprint="one")
+    assert ReferenceScores.load(path, fingerprint="two") is None
+    assert ReferenceScores.load(path, fingerprint="one").ids.tolist() == [3]
+    path.write_bytes(path.read_bytes()[:60])  # torn
+    assert ReferenceScores.load(path, fingerprint="one") is None
 
 
 def test_no_samples():

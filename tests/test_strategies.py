@@ -54,7 +54,8 @@ def test_the_default_records_what_the_reference_says(vit, judge, tmp_path):
     assert trainer.strategy == "trust"
     np.testing.assert_allclose(column(trainer, "ref_loss"), np.tile(losses, 2), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(column(trainer, "ref_trust"), np.tile(trust, 2), atol=1e-4)
-    assert ReferenceScores.load(tmp_path / "reference_scores.parquet").ids.tolist() == list(range(100, 148))
+    assert trainer.reference_scores.ids.tolist() == list(range(100, 148))
+    assert (tmp_path / "reference_scores.parquet").is_file()
     scored = attach_scores(rows, trainer.scores, keep=TrustFilter().fit_predict(trainer.scores))
     assert {"trust", "ref_loss", "ref_trust", "keep"} <= set(scored.column_names)
     assert (np.array(list(scored["keep"])) == ~wrong).all()
@@ -147,6 +148,38 @@ def test_unknown_samples_count_as_right(vit, judge, tmp_path, scope):
     trainer.train()
     np.testing.assert_allclose(column(trainer, "relative_weight"), 1.0, rtol=1e-5)
     assert np.isnan(column(trainer, "ref_trust")).all()
+
+
+def test_another_strategy_on_resume_has_its_own_temperature(judge, tmp_path):
+    reference, rows, _ = judge
+    model = models.make("vit")
+    options = {"save_strategy": "steps", "save_steps": 3}
+    for first, then in (("trust", "mimic"), ("mimic", "trust")):
+        folder = tmp_path / first
+        fit(model, folder, rows=rows, reference=reference, strategy=first, max_steps=3, **options)
+        again = prepare(model, folder, rows=rows, reference=reference, strategy=then, max_steps=8, **options)
+        with pytest.warns(UserWarning, match="resumed with other settings"):
+            again.train(resume_from_checkpoint=True)
+        assert all(p.isfinite().all() for p in again.model.parameters())
+        assert np.isfinite(column(again, "relative_weight")).all()
+
+
+def test_scores_of_other_data_are_made_anew(vit, judge, tmp_path):
+    reference, rows, _ = judge
+    options = {"strategy": "trust", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    fit(vit, tmp_path, rows=rows, reference=reference, **options)
+    columns = {name: rows[:][name] for name in ("pixel_values", "labels")}
+    other = rows_of(columns).map(lambda row: {"sample_id": row["sample_id"] + 1000})
+    again = prepare(vit, tmp_path, rows=other.with_format("torch"), reference=reference, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.reference_scores.ids.tolist() == list(range(1100, 1148))
+
+
+def test_the_pass_sees_every_sample(vit, judge, tmp_path):
+    reference, rows, _ = judge
+    options = {"strategy": "trust", "max_steps": 1, "dataloader_drop_last": True, "per_device_eval_batch_size": 20}
+    trainer = fit(vit, tmp_path, rows=rows, reference=reference, **options)
+    assert len(trainer.reference_scores.ids) == 48
 
 
 # ---- what "auto" is ------------------------------------------------------------------------------------------------
@@ -253,6 +286,19 @@ def test_a_turned_score_is_noticed_by_its_trust(judge, tmp_path):
     assert trainer.training.temperature.value == torch.inf  # and is left out
 
 
+def test_short_runs_are_looked_at_too(judge, tmp_path):
+    trainer = turned(tmp_path, judge, strategy="trust", on_unhealthy="raise", num_train_epochs=3)  # six steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_mimic.health._ENOUGH", 64.0)
+        with pytest.raises(RuntimeError, match="turned around"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("name", ["small_loss", "uniform"])
+def test_strategies_that_do_not_use_the_score_go_on(judge, tmp_path, name):
+    turned(tmp_path, judge, strategy=name, on_unhealthy="raise").train()
+
+
 def test_raise(judge, tmp_path):
     with pytest.raises(RuntimeError, match=r'turned around .*\(on_unhealthy="raise"\)'):
         turned(tmp_path, judge, strategy="trust", on_unhealthy="raise").train()
@@ -260,7 +306,7 @@ def test_raise(judge, tmp_path):
 
 def test_uniform_from_then_on(judge, tmp_path):
     trainer = turned(tmp_path, judge, strategy="mimic", on_unhealthy="uniform")
-    with pytest.warns(UserWarning, match="Its part of the weights is uniform from here on"):
+    with pytest.warns(UserWarning, match="It is left out of the weights as long as that is so"):
         trainer.train()
     weights = column(trainer, "relative_weight")
     assert weights[:48].std() > 0.1

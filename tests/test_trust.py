@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import f1_score, roc_auc_score
 
-from hf_mimic.filters import TrustFilter, has_trust
+from hf_mimic.filters import ThresholdFilter, TrustFilter, default_filter
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import LabelNoiseModel, agrees_beyond_chance, combine, most_f1
 
@@ -178,11 +179,37 @@ def test_trust_filter_on_tables_and_arrays():
     fitted = TrustFilter().fit(trust)
     assert fitted.min_trust_ == pytest.approx(most_f1(trust[~np.isnan(trust)]))
     assert clone(fitted).get_params() == {"min_trust": "f1"}
-    assert has_trust(table_of(trust))
-    assert not has_trust(table_of([np.nan]))
+    assert isinstance(default_filter(table_of(trust)), TrustFilter)
+    assert isinstance(default_filter(table_of([np.nan])), ThresholdFilter)
 
 
-@pytest.mark.parametrize("bad", [1.5, -0.1, "best"])
+def test_equal_trust_is_no_reason_to_reject():
+    for trust in (0.7, 0.9, 0.999):
+        assert TrustFilter().fit_predict(np.full(50, trust)).all()
+    assert TrustFilter().fit_predict([0.97]).all()
+
+
+@pytest.mark.parametrize(("size", "classes"), [(300, 100), (2000, 100), (1000, 10)])
+def test_few_rows_per_class_are_not_taken_for_noise(size, classes):
+    log_probs, labels, _ = draw(0.0, size=size, classes=classes, sharpness=2.5)
+    trust = LabelNoiseModel().fit(log_probs, labels).predict_proba(log_probs, labels)
+    assert 1 - trust.mean() < 0.08
+    assert TrustFilter().fit_predict(trust).mean() > 0.93
+    assert (log_probs.argmax(1) == labels).mean() < 0.85  # the reference errs
+
+
+@pytest.mark.parametrize("size", [24, 90])
+def test_few_rows_of_evidence_are_not_believed(size):
+    trust = np.random.default_rng(0).random(size)
+    assert (combine(trust, np.random.default_rng(1).normal(size=(size, 2))) == trust).all()
+
+
+def test_predict_before_fit():
+    with pytest.raises(NotFittedError):
+        TrustFilter().predict(np.array([0.5]))
+
+
+@pytest.mark.parametrize("bad", [1.5, -0.1, "best", None])
 def test_bad_min_trust(bad):
     with pytest.raises(ValueError, match=r"`min_trust` must be in \[0, 1\] or \"f1\", got"):
         TrustFilter(bad).fit(np.array([0.5]))

@@ -5,6 +5,7 @@ Read `train` (any method through MimicTrainer), `METHODS`, then `trajectory`.
 
 import warnings
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ class _Scorer(MimicTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         epochs = self.zoo.setting.sizes.epochs
-        if self.current_pass in (0, epochs // 2, epochs - 1):
+        if self.current_pass in (0, epochs - 1):
             self._score(model, {k: v for k, v in inputs.items() if k != "sample_id"}, inputs["sample_id"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -226,7 +227,7 @@ class _Scorer(MimicTrainer):
 def trajectory(zoo: Zoo, folder: Path) -> dict[str, dict[str, float]]:
     """Train plainly; return, by "layers direction", the AUROC of the mean score and the final health signals.
 
-    Scored in the first epoch, in the middle, and in the last.
+    Scored in the first epoch and in the last. Where only the head is fresh, "start" is the task vector elsewhere.
     """
     setting, wrong = zoo.setting, wrong_labels(zoo.setting)
     log_probs, labels = predict(zoo.reference, setting.noisy.images).numpy(), setting.noisy.labels.numpy()
@@ -241,8 +242,10 @@ def trajectory(zoo: Zoo, folder: Path) -> dict[str, dict[str, float]]:
         def begin_run(self) -> None:
             super().begin_run()
             self.trust, self.found, self.healths, self.ways = torch.from_numpy(trust).float(), {}, {}, {}
-            for name in (f"{layer} {direction}" for layer in layers for direction in DIRECTIONS):
-                layer, direction = name.split()
+            for layer, direction in product(layers, DIRECTIONS):
+                if direction == "task_vector" and layer in ("last_mlp", "last_block"):
+                    continue
+                name = f"{layer} {direction}"
                 self.ways[name] = MimicDirection(
                     self.model,
                     zoo.reference,
