@@ -41,8 +41,8 @@ class MimicTrainingArguments(TrainingArguments):
         temperature: tau of softmax(score / tau): a positive number, or "auto", from the scores of earlier steps
             (weight_scope="device": of the micro-batch): an effective sample size of about half of the samples; for
             strategy="trust" by how much the score agrees with the trust.
-        strategy: How samples get weights: "trust" (the probability that the label is right by the reference's
-            predictions, times what the mimic score adds; runs the reference once over the data), "mimic" (the paper's;
+        strategy: How samples get weights: "trust" (the probability that the label is right, by the reference's
+            predictions and the mimic score; runs the reference once over the data), "mimic" (the paper's;
             the reference is only read), "ref_loss", "rho_loss" (both run the reference), "small_loss", "uniform" (train
             plainly and only record), or "auto": "trust" where the reference can judge labels, otherwise "mimic".
         head_init: The head to start with: "keep" the model's, "zero", or the "reference"'s. Heads that were initialised

@@ -17,17 +17,15 @@ from hf_mimic.weights import StepSums
 # Below these a score is unhealthy: calibrated by examples/benchmarks/bench_trust.py.
 LEAST_TRUST_CORRELATION = 0.1
 LEAST_FIT_CORRELATION = 0.0
-MOST_NEGATIVE_SHARE = 0.6
 _WINDOW = 1024.0  # samples that an average reaches back
 _ENOUGH = 256.0  # samples before anything is said
-_NAMES = ("fit", "fit_seen", "trust", "trust_seen", "negative", "negative_seen")
+_NAMES = ("fit", "fit_seen", "trust", "trust_seen")
 
 
 class Health:
     """Running correlations of the mimic score, within steps, with the model's fit exp(-loss) and with the trust.
 
-    Where there is no trust, a model that was trained by a wrong score fits what it prefers: then the share of negative
-    scores tells. Where most samples pull away from the reference, it is the reference that does not fit.
+    The trust decides where there is one: a model that was trained by a wrong score fits what that score prefers.
 
     Everything stays on the device; a step in which a correlation cannot be computed (one sample, equal scores) counts
     as no evidence, neither for nor against.
@@ -41,20 +39,19 @@ class Health:
         for sums, _ in groups:
             if self._state is None:
                 self._state = sums.count.new_zeros(len(_NAMES))
-            fit, fit_seen, trust, trust_seen, negative, negative_seen = self._state.unbind()
+            fit, fit_seen, trust, trust_seen = self._state.unbind()
             fits = _average(fit, fit_seen, sums.fit_correlation, sums.count)
             trusts = _average(trust, trust_seen, sums.trust_correlation, sums.known)
-            negatives = _average(negative, negative_seen, sums.negative / sums.count, sums.count)
-            self._state = torch.stack([*fits, *trusts, *negatives])
+            self._state = torch.stack([*fits, *trusts])
 
     @property
     def unhealthy(self) -> Tensor:
         """Whether there is evidence that the score is uninformative or has turned around: a boolean, 0-d."""
         if self._state is None:
             return torch.tensor(False)
-        fit, fit_seen, trust, trust_seen, negative, _ = self._state.unbind()
-        by_fit = (fit < LEAST_FIT_CORRELATION) | (negative > MOST_NEGATIVE_SHARE)
-        return torch.where(trust_seen >= _ENOUGH, trust < LEAST_TRUST_CORRELATION, by_fit & (fit_seen >= _ENOUGH))
+        fit, fit_seen, trust, trust_seen = self._state.unbind()
+        by_fit = (fit < LEAST_FIT_CORRELATION) & (fit_seen >= _ENOUGH)
+        return torch.where(trust_seen >= _ENOUGH, trust < LEAST_TRUST_CORRELATION, by_fit)
 
     def report(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return what the log says; a signal that could not be computed is absent, and so is a verdict without one.
@@ -65,18 +62,16 @@ class Health:
         if self._state is None:
             return {}
         rows = self._state[None] if gather is None else gather(self._state)
-        fit, fit_seen, trust, trust_seen, negative, negative_seen = rows.mean(0).tolist()
+        fit, fit_seen, trust, trust_seen = rows.mean(0).tolist()
         values = {}
         if fit_seen:
             values["score_fit_correlation"] = fit
         if trust_seen:
             values["score_trust_correlation"] = trust
-        if negative_seen:
-            values["score_negative_share"] = negative
         if trust_seen >= _ENOUGH:
             values["unhealthy"] = float(trust < LEAST_TRUST_CORRELATION)
         elif fit_seen >= _ENOUGH:
-            values["unhealthy"] = float(fit < LEAST_FIT_CORRELATION or negative > MOST_NEGATIVE_SHARE)
+            values["unhealthy"] = float(fit < LEAST_FIT_CORRELATION)
         return values
 
     def state(self) -> dict[str, float]:

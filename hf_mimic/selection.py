@@ -61,20 +61,22 @@ def uniform(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tens
 
 
 def trust(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Weight by the probability that the label is right, times what the mimic score adds: w ~ p exp(m / tau).
+    """Weight by the probability that the label is right: w = sigmoid(logit p + m / tau).
 
-    p is `LabelNoiseModel`'s, from the reference's predictions on the whole data set; no less than exp(-8). A sample
-    that the reference has not seen counts as right.
+    p is `LabelNoiseModel`'s, from the reference's predictions on the whole data set; the mimic score multiplies its odds
+    by exp(m / tau). So a label that is surely right keeps its weight whatever the score says: where few labels are
+    wrong, all weights are about the same. A sample that the reference has not seen counts as right.
 
     Args:
         signals: Of one batch, with `ref_trust`.
         temperature: tau, in units of the score; infinity leaves the mimic score out.
 
     Returns:
-        Log-weights log p + m / tau (B,).
+        Log-weights (B,), no less than -8.
     """
     known = torch.nan_to_num(_needed(signals.ref_trust, "trust"), nan=1.0)
-    return known.log().clamp_min(-8.0) + signals.mimic_scores / temperature
+    odds = torch.logit(known, eps=1e-6)
+    return torch.nn.functional.logsigmoid(odds + signals.mimic_scores / temperature).clamp_min(-8.0)
 
 
 def ref_loss(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor:

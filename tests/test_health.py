@@ -71,15 +71,6 @@ def test_the_trust_outweighs_the_fit():
     assert health.unhealthy
 
 
-def test_mostly_negative_scores_without_a_trust():
-    health = Health()
-    for seed in range(20):
-        scores = np.random.default_rng(seed).normal(size=64)
-        health.update([(sums(scores - 1, np.exp(-scores)), 1.0)])
-    assert health.report()["score_negative_share"] > 0.8
-    assert health.unhealthy
-
-
 @pytest.mark.parametrize("size", [1, 4])
 def test_what_cannot_be_computed_is_absent(size):
     health = Health()

@@ -79,6 +79,18 @@ def test_log_weights_of_a_sample_do_not_depend_on_its_batch(name):
     torch.testing.assert_close(STRATEGIES[name](part, temperature=0.3), whole[2:5])
 
 
+def test_the_score_multiplies_the_odds_of_the_trust():
+    given = BatchSignals(
+        losses=torch.ones(4),
+        mimic_scores=torch.tensor([1.0, -1.0, -1.0, 0.0]),
+        ref_trust=torch.tensor([0.5, 0.5, 1.0, torch.nan]),
+    )
+    weights = STRATEGIES["trust"](given, temperature=0.5).exp()
+    expected = [7.389 / 8.389, 0.1353 / 1.1353, 1.0, 1.0]  # e^2 and e^-2 to one; who is surely right stays so
+    torch.testing.assert_close(weights, torch.tensor(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(STRATEGIES["trust"](given, temperature=torch.inf).exp()[:2], torch.tensor([0.5, 0.5]))
+
+
 def test_uniform_ignores_the_scores():
     assert weights_by("uniform", signals([5.0, -1.0, 0.0, 9.0]), 0.1).tolist() == [0.25] * 4
 

@@ -66,8 +66,9 @@ def test_the_gradient_is_weighted_by_trust_and_score(vit, judge, tmp_path):
     tau = 0.05
     options = {"strategy": "trust", "temperature": tau, "max_steps": 1, "per_device_train_batch_size": 48, **SGD}
     trainer = fit(vit, tmp_path, rows=rows, reference=reference, **options)
-    _, trust = expected_scores(vit, reference, rows)
-    logits = np.log(trust.clip(1e-30)).clip(-8) + column(trainer, "mimic_score") / tau
+    trust = column(trainer, "ref_trust")
+    odds = np.log(trust.clip(1e-6, 1 - 1e-6)) - np.log1p(-trust.clip(1e-6, 1 - 1e-6))
+    logits = -np.logaddexp(0, -(odds + column(trainer, "mimic_score") / tau)).clip(max=8)
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
     np.testing.assert_allclose(column(trainer, "relative_weight"), 48 * weights, rtol=1e-3, atol=1e-4)

@@ -589,7 +589,7 @@ def test_logs_by_hand(vit, tmp_path):
             }
         )
     logged = trainer.state.log_history[0]
-    health = {"score_fit_correlation", "score_negative_share"}  # by hand in test_health.py
+    health = {"score_fit_correlation"}  # by hand in test_health.py
     assert set(logged) == {*expected[0], *health, "grad_norm", "learning_rate", "epoch", "step"}
     for name in expected[0]:
         mean = (expected[0][name] + expected[1][name]).item() / 2

@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from hf_mimic.health import LEAST_FIT_CORRELATION, LEAST_TRUST_CORRELATION, MOST_NEGATIVE_SHARE
+from hf_mimic.health import LEAST_FIT_CORRELATION, LEAST_TRUST_CORRELATION
 
 HEALTHY, INVERTED = 0.7, 0.5  # AUROC of the score: at least, below
 # Per sample, in forward passes of the model: 1 forward, 2 backward; a scored head adds next to nothing, all layers 2.
@@ -171,13 +171,6 @@ def temperature_table(results: list[dict]) -> str:
 SIGNALS: dict[str, tuple[Callable[[dict], float], float]] = {
     "correlation with the trust": (lambda f: f["score_trust_correlation"], LEAST_TRUST_CORRELATION),
     "correlation with the fit": (lambda f: f["score_fit_correlation"], LEAST_FIT_CORRELATION),
-    "share of negative scores": (lambda f: -f["score_negative_share"], -MOST_NEGATIVE_SHARE),
-    "the last two together": (
-        lambda f: min(
-            f["score_fit_correlation"] - LEAST_FIT_CORRELATION, MOST_NEGATIVE_SHARE - f["score_negative_share"]
-        ),
-        0.0,
-    ),
 }
 
 
