@@ -75,7 +75,7 @@ def trust(signals: BatchSignals, *, temperature: float | Tensor = 1.0) -> Tensor
         Log-weights (B,), no less than -8.
     """
     known = torch.nan_to_num(_needed(signals.ref_trust, "trust"), nan=1.0)
-    odds = torch.logit(known, eps=1e-6)
+    odds = torch.logit(known, eps=1e-4)  # finer ones would be rounding in float32
     return torch.nn.functional.logsigmoid(odds + signals.mimic_scores / temperature).clamp_min(-8.0)
 
 

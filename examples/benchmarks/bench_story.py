@@ -45,7 +45,7 @@ def make_model() -> torch.nn.Module:
     )
 
 
-def cifar_story(folder: Path, noise: str, scale: float, layers: str):
+def cifar_story(folder: Path, noise: str, scale: float, mimic_options: dict):
     """Return seed -> Story; `scale` shrinks every part and the number of epochs."""
     files = {split: str(folder / "cifar10n" / f"{split}.parquet") for split in ("train", "test")}
     data = load_dataset("parquet", data_files=files)
@@ -68,7 +68,7 @@ def cifar_story(folder: Path, noise: str, scale: float, layers: str):
                 "per_device_train_batch_size": 64,
             },
             base_options={"num_train_epochs": max(1, round(12 * scale)), "learning_rate": 1e-3},
-            mimic_options={"mimic_layers": layers},
+            mimic_options=mimic_options,
         )
 
     return story
@@ -78,6 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--noise", choices=NOISES, default="label_worse")
     parser.add_argument("--layers", default="all", help="mimic_layers")
+    parser.add_argument("--strategy", default="auto", help="of MimicTrainingArguments")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, for a smoke test")
     parser.add_argument("--output_dir", default="outputs/story")
@@ -88,9 +89,10 @@ def main() -> int:
         print(f"HF_MIMIC_DATA must be a folder with cifar10n/train.parquet, got {folder}.", file=sys.stderr)
         return 2
     output = Path(args.output_dir)
-    table = run_demo(output, range(args.seeds), cifar_story(folder, args.noise, 0.1 if args.quick else 1, args.layers))
+    options = {"mimic_layers": args.layers, "strategy": args.strategy}
+    table = run_demo(output, range(args.seeds), cifar_story(folder, args.noise, 0.1 if args.quick else 1, options))
     print(
-        f"CIFAR-10N {args.noise}, mimic_layers={args.layers}, {args.seeds} seeds, torch {torch.__version__}\n{table}"
+        f"CIFAR-10N {args.noise}, mimic_layers={args.layers}, strategy={args.strategy}, {args.seeds} seeds, torch {torch.__version__}\n{table}"
     )
     if args.json:
         results = json.loads((output / "results.json").read_text())
