@@ -30,7 +30,8 @@ class MimicTrainingArguments(TrainingArguments):
     """`TrainingArguments` of a run that scores its samples against a reference model.
 
     Args:
-        reference_model: Hub repo id or folder of the reference; only the chosen tensors are read from it.
+        reference_model: Hub repo id or folder of the reference. For scores only the chosen tensors are read; for
+            strategies that run it, all of them.
         reference_revision: Branch, tag or commit of the reference's Hub repo.
         reference_base_model: The checkpoint that the reference was fine-tuned from, for direction="task_vector"; by
             default the one that the reference's card names.

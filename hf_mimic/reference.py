@@ -1,4 +1,4 @@
-"""The reference model's weights: only the chosen tensors, read from safetensors; the model is never built or run.
+"""The reference model's weights: only the chosen tensors, read from safetensors; no second model is built.
 
 Read `read_tensors`. A stored name may differ from the model's: a renaming that transformers knows, a base-model
 prefix, PEFT's wrapping. `_stored_names` undoes all three.
