@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from hf_mimic.heads import head_cosine, init_head
 from hf_mimic.health import likely_cause
+from hf_mimic.layers import WORDS
 from hf_mimic.losses import clip_contrastive, cross_entropy, siglip_sigmoid
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.reference import Reference
@@ -51,7 +52,7 @@ class ReferenceSetup:
     # ---- before training -------------------------------------------------------------------------------------------
 
     def init_head(self) -> None:
-        """Do what `head_init` asks for, and find out whether the two heads belong together.
+        """Do what `head_init` asks for.
 
         Raises:
             ValueError: If the model has no classification head to set to zero, or the reference's does not fit.
@@ -67,7 +68,12 @@ class ReferenceSetup:
         if how != "keep":
             changed = init_head(model, self.reference, how, revision=self.revision)
             logger.warning("head_init=%r: %s of the model were replaced.", how, ", ".join(changed))
-        self.head_cosine = head_cosine(model, self.reference, revision=self.revision)
+
+    def compare_heads(self) -> None:
+        """Find out whether the two heads belong together, if the reference's is read anyway."""
+        trainer, head = self.trainer, set(WORDS["head"](self.trainer.model))
+        if head and (trainer.strategy in RUN_THE_REFERENCE or head <= set(trainer.direction.names)):
+            self.head_cosine = head_cosine(trainer.model, self.reference, revision=self.revision)
 
     def choose_strategy(self) -> str:
         """Return the strategy; for "auto", "trust" where the reference can judge labels, otherwise "mimic"."""
@@ -79,7 +85,7 @@ class ReferenceSetup:
             return "trust" if given == "auto" else given
         if given != "auto":
             raise ValueError(f'strategy="{given}" runs the reference over the training data once, but {reason}.')
-        logger.info('strategy="auto" is "mimic": %s.', reason)
+        logger.warning('strategy="auto" is "mimic": %s.', reason)
         return "mimic"
 
     def _cannot_run(self, strategy: str) -> str | None:

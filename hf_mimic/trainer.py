@@ -98,6 +98,8 @@ class MimicTrainer(ResumingTrainer):
         self.strategy = self.reference.choose_strategy()
         # NOTE: before FSDP has prepared the model, some processes may hold empty weights.
         self.direction: Any = None if self.is_fsdp_enabled else self.reference.direction()
+        if self.direction is not None:
+            self.reference.compare_heads()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
         self.training = ScoredTraining(self)
         self._runs = 0

@@ -53,7 +53,17 @@ ARROWS: dict[str, set[str]] = {
     },
     # what a run takes from its reference
     "reference_pass": {"files", "finite", "losses", "mimic", "reference", "trust"},
-    "reference_setup": {"heads", "health", "losses", "mimic", "reference", "reference_pass", "selection", "sharding"},
+    "reference_setup": {
+        "heads",
+        "health",
+        "layers",
+        "losses",
+        "mimic",
+        "reference",
+        "reference_pass",
+        "selection",
+        "sharding",
+    },
     "checkpoints": {"files", "reference"},
     "resuming": {"checkpoints"},
     "trainer": {

@@ -253,6 +253,16 @@ def test_a_reference_head_and_the_head_as_only_layer(vit, tmp_path):
         prepare(vit, tmp_path, rows=rows, head_init="reference")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "layers", "known"),
+    [("mimic", "last_mlp", False), ("mimic", "head", True), ("trust", "last_mlp", True)],
+)
+def test_the_reference_s_head_is_read_only_where_it_is_needed(vit, judge, tmp_path, strategy, layers, known):
+    reference, rows, _ = judge
+    trainer = prepare(vit, tmp_path, rows=rows, reference=reference, strategy=strategy, mimic_layers=[layers])
+    assert (trainer.reference.head_cosine is not None) == known
+
+
 # ---- on_unhealthy --------------------------------------------------------------------------------------------------
 
 

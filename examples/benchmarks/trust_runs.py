@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from trust_settings import RATES, Setting, Zoo, accuracy, fit, mirrored, predict
@@ -119,7 +118,6 @@ def _with_origin(zoo: Zoo, method: str, folder: Path, options: dict) -> dict[str
 
     class Trainer(MimicTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("unused", None)
             args[1].reference_base_model = origin
             super().__init__(*args, **kwargs)
 
@@ -275,7 +273,3 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-
-
-def cross_entropy_of(log_probs: Tensor, labels: Tensor) -> Tensor:
-    return F.nll_loss(log_probs, labels, reduction="none")
