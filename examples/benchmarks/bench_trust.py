@@ -33,7 +33,7 @@ EVERYWHERE += (
 )
 SHARED = ("plain", "default", "default, all layers", "trust alone", "paper (head, current, tau 1)", "mimic, head")
 SHARED += ("mimic, all layers", "rho_loss")
-SCORED = [*CORE, "fashion-pair-0.4"]  # along every direction
+SCORED = [*CORE, "fashion-pair-0.4", "clothing-sym-0.4"]  # along every direction
 CHEAP = [name for name in CORE if not name.startswith("cifar")]  # LoRA on the photographs' ResNet takes too long
 TRIED = tuple(f"{strategy} {tau}" for strategy in ("default", "mimic, all layers") for tau in TEMPERATURES)
 
