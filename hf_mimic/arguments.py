@@ -40,8 +40,9 @@ class MimicTrainingArguments(TrainingArguments):
         direction: "current" (reference minus present weights, the paper's), "start" (minus the weights at the start)
             or "task_vector" (reference minus its base).
         temperature: tau of softmax(score / tau): a positive number, or "auto", from the scores of earlier steps
-            (weight_scope="device": of the micro-batch): an effective sample size of about half of the samples; for
-            strategy="trust" by how much the score agrees with the trust.
+            (weight_scope="device": of the micro-batch): an effective sample size of half of the samples or more. The
+            score counts by how much it agrees with the trust (strategy="trust") or with the model's own fit
+            ("mimic"); not at all if it contradicts them.
         strategy: How samples get weights: "trust" (the probability that the label is right, by the reference's
             predictions and the mimic score; runs the reference once over the data), "mimic" (the paper's;
             the reference is only read), "ref_loss", "rho_loss" (both run the reference), "small_loss", "uniform" (train

@@ -134,7 +134,8 @@ def filter_rows(options: FilterArguments) -> str:
     _check_output(options)
     given = load_rows(options.dataset, options.split)
     table = ScoreTable.load(options.scores)
-    given = given.remove_columns([name for name in ATTACHED if name in given.column_names])  # of an earlier filter
+    if {"mimic_score", "n_visits"} <= {*given.column_names}:  # written by an earlier filter, not the user's own
+        given = given.remove_columns([name for name in ATTACHED if name in given.column_names])
     rows = _identified(given, options.sample_id_column)
     highest = table.aggregate()["sample_id"].to_numpy().max()
     if options.sample_id_column not in given.column_names and highest >= len(rows):
@@ -147,7 +148,7 @@ def filter_rows(options: FilterArguments) -> str:
     decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
     kept = np.asarray(decided.fill_null(not options.drop_unscored))
     if not kept.any():
-        raise ValueError("at least one row must be kept, got none. Lower --threshold or --min_score.")
+        raise ValueError("at least one row must be kept, got none. Lower --min_trust, --threshold or --min_score.")
     curated = scored if options.keep_all else scored.select(np.flatnonzero(kept))
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     curated.to_parquet(options.output)

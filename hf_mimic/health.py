@@ -6,6 +6,7 @@ it. A score that has turned around is high where they do not. `Health` averages 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ _NAMES = ("fit", "fit_seen", "trust", "trust_seen")
 
 
 class Health:
-    """Running correlations of the mimic score, within steps, with the model's fit exp(-loss) and with the trust.
+    """Running correlations of the mimic score, within steps, with the model's fit -loss and with the trust.
 
     The trust decides where there is one: a model that was trained by a wrong score fits what that score prefers.
 
@@ -124,10 +125,13 @@ class HealthWatch:
     Args:
         on_unhealthy: What to do.
         explain: report -> the message.
+        left_out: Whether an unhealthy score has no weight: by "uniform", or by the automatic temperature.
     """
 
-    def __init__(self, on_unhealthy: str, explain: Callable[[Mapping[str, float]], str]) -> None:
-        self.on_unhealthy, self.explain, self.told = on_unhealthy, explain, False
+    def __init__(
+        self, on_unhealthy: str, explain: Callable[[Mapping[str, float]], str], *, left_out: bool = False
+    ) -> None:
+        self.on_unhealthy, self.explain, self.left_out, self.told = on_unhealthy, explain, left_out, False
 
     def look(self, report: Mapping[str, Any]) -> None:
         """Warn once, or raise.
@@ -141,9 +145,4 @@ class HealthWatch:
         if self.on_unhealthy == "raise":
             raise RuntimeError(f'{message} (on_unhealthy="raise")')
         self.told = True
-        import warnings
-
-        warnings.warn(
-            message
-            + (" It is left out of the weights as long as that is so." if self.on_unhealthy == "uniform" else "")
-        )
+        warnings.warn(message + (" It is left out of the weights as long as that is so." if self.left_out else ""))

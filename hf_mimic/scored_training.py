@@ -17,17 +17,10 @@ from hf_mimic.finite import finite_forward, no_gradient, without_trace
 from hf_mimic.health import Health, HealthWatch
 from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
-from hf_mimic.selection import (
-    STRATEGIES,
-    USE_THE_SCORE,
-    BatchSignals,
-    EvidenceTemperature,
-    RunningTemperature,
-    auto_temperature,
-    scaled_part,
-)
+from hf_mimic.selection import STRATEGIES, USE_THE_SCORE, BatchSignals, evidence_of, scaled_part
 from hf_mimic.self_check import check_gradient, gradient_along
 from hf_mimic.step_log import StepLog
+from hf_mimic.temperature import temperature_of
 from hf_mimic.weights import Weighed
 
 _LOOK_EVERY = 10  # optimizer steps between two looks at the health: each waits for the device
@@ -44,23 +37,22 @@ class ScoredTraining:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
         self.strategy: str = trainer.strategy
-        evidence = trainer.strategy == "trust"
-        self.temperature = EvidenceTemperature() if evidence else RunningTemperature()
+        self.temperature = temperature_of(self.strategy)
         self.log, self.health = StepLog(), Health()
-        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain)
+        self._leaves_out = self.args.on_unhealthy == "uniform" and self.strategy in USE_THE_SCORE
+        left_out = self._leaves_out or self.args.tau == "auto"
+        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain, left_out=left_out)
         self._micro_batches: list[Mapping[str, Any]] = []
         self._taken = self._barren_steps = self._steps = 0
         self._barren: bool
         self._nonfinite: Any
         self._norm: Any
-        self._leaves_out = self.args.on_unhealthy == "uniform" and self.strategy in USE_THE_SCORE
         self._new_step()
 
     def state(self) -> dict[str, Any]:
         """Return the running temperature and the health for a checkpoint; empty before the first step."""
-        variance, shape = self.temperature.variance, self.temperature.shape
-        known = variance is not None and shape is not None
-        temperature = {"variance": float(variance), "shape": float(shape)} if known else {}  # type: ignore[arg-type]
+        known = {name: getattr(self.temperature, name) for name in ("variance", "shape", "rho")}
+        temperature = {name: float(value) for name, value in known.items() if value is not None}
         return {"strategy": self.strategy, "temperature": temperature, "health": self.health.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -119,11 +111,11 @@ class ScoredTraining:
             self._record()
         if self.args.weight_scope == "global":
             sums = groups[0][0]
-            evidence = isinstance(self.temperature, EvidenceTemperature)
-            told = sums.trust_correlation if evidence else sums.effective_sample_size / sums.count
-            if self._leaves_out and not evidence:  # then the weights say nothing about the temperature
-                told = torch.where(self.health.unhealthy.to(told.device), torch.nan, told)
-            self.temperature.update(sums.signal_variance, told, sums.count)
+            size = sums.effective_sample_size / sums.count
+            if self._leaves_out:  # then the weights say nothing about the temperature
+                size = torch.where(self.health.unhealthy.to(size.device), torch.nan, size)
+            rho = sums.trust_correlation if self.temperature.evidence == "trust" else sums.fit_correlation
+            self.temperature.update(sums.signal_variance, size, sums.count, rho)
         self._look_after(groups)
         self.log.add(groups, self._norm, self._nonfinite)
         # All processes see the same only where weights are shared: they must end together.
@@ -203,21 +195,15 @@ class ScoredTraining:
         tau: Any = self.args.tau
         if tau == "auto" and len(signals.mimic_scores):
             if self.args.weight_scope == "device":
-                tau = self._own_temperature(signals)
+                own = temperature_of(self.strategy)
+                own.start(scaled_part(self.strategy, signals), evidence_of(self.strategy, signals))
+                tau = own.value
             else:
                 tau = 1.0 if self.temperature.variance is None else self.temperature.value
         tau = 1.0 if isinstance(tau, str) else tau
         if self._leaves_out:
             tau = torch.where(self.health.unhealthy.to(signals.losses.device), torch.inf, tau)
         return STRATEGIES[self.strategy](signals, temperature=tau)
-
-    def _own_temperature(self, signals: BatchSignals) -> Tensor:
-        """Return the automatic temperature from a micro-batch alone."""
-        if self.strategy != "trust":
-            return auto_temperature(scaled_part(self.strategy, signals))
-        temperature = EvidenceTemperature()
-        temperature.start(signals.mimic_scores, signals.ref_trust)
-        return temperature.value
 
     def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
@@ -253,12 +239,11 @@ class ScoredTraining:
                 scores, losses = forward.scores, forward.losses.to(forward.scores.dtype)
                 kept = trainer.epoch_end.kept(len(scores), ids, last=number == len(micro_batches))
                 signals = self._signals(losses, scores, ids, torch.ones_like(scores, dtype=torch.bool))
-                trust = scores if signals.ref_trust is None else signals.ref_trust
-                pair = torch.stack([scaled_part(self.strategy, signals), trust])
+                pair = torch.stack([scaled_part(self.strategy, signals), evidence_of(self.strategy, signals)])
                 found.append(pair if kept is None else pair[:, kept])
-        parts, trust = (self.engine.gather_unequal(row) for row in torch.cat(found, 1))
+        parts, evident = (self.engine.gather_unequal(row) for row in torch.cat(found, 1))
         finite = parts.isfinite()
-        self.temperature.start(parts[finite], trust[finite])
+        self.temperature.start(parts[finite], evident[finite])
 
     def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator

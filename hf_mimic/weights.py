@@ -31,9 +31,8 @@ class StepSums:
     negative: Tensor  # how many scores are below 0
     signal: Tensor  # of what the strategy divides by the temperature
     signal_square: Tensor
-    fit: Tensor  # of exp(-loss)
-    fit_square: Tensor
-    fit_score: Tensor
+    loss_square: Tensor
+    loss_score: Tensor
     known: Tensor  # how many have a trust; the six sums that follow are over these
     trust: Tensor
     trust_square: Tensor
@@ -53,10 +52,10 @@ class StepSums:
 
     @property
     def fit_correlation(self) -> Tensor:
-        """Of the scores with exp(-loss), the model's own fit; not a number where one of them does not vary."""
-        both = self.fit_score - self.fit * self.score / self.count
-        square = _deviation(self.fit, self.fit_square, self.count)
-        return both / (square * _deviation(self.score, self.score_square, self.count)).sqrt()
+        """Of the scores with -loss, the model's own fit; not a number where one of them does not vary."""
+        both = self.loss_score - self.loss * self.score / self.count
+        square = _deviation(self.loss, self.loss_square, self.count)
+        return -both / (square * _deviation(self.score, self.score_square, self.count)).sqrt()
 
     @property
     def trust_correlation(self) -> Tensor:
@@ -72,7 +71,7 @@ def _deviation(total: Tensor, square: Tensor, count: Tensor) -> Tensor:
     return torch.where(deviation > 10 * torch.finfo(square.dtype).eps * square, deviation, 0)
 
 
-_POWERS = (1, 2, 1, 1, 1) + 16 * (0,)  # of e_i in each sum: how it scales with exp(-c)
+_POWERS = (1, 2, 1, 1, 1) + 15 * (0,)  # of e_i in each sum: how it scales with exp(-c)
 
 
 @dataclass(frozen=True)
@@ -178,10 +177,10 @@ def _sums(samples: Weighed, shift: Tensor) -> Tensor:
     weights, one = torch.exp(samples.logits - shift), torch.ones_like(samples.logits)
     signals = scores if samples.signals is None else samples.signals
     trust = torch.full_like(scores, torch.nan) if samples.trust is None else samples.trust.to(scores)
-    known, fit = trust.isfinite().to(one), torch.exp(-losses)
+    known = trust.isfinite().to(one)
     trust = torch.nan_to_num(trust)
     terms = [one, weights, scores, scores.abs(), losses]
     plain = [one, losses, scores, scores.square(), (scores < 0).to(one), signals, signals.square()]
-    plain += [fit, fit.square(), fit * scores]
+    plain += [losses.square(), losses * scores]
     plain += [known, trust, trust.square(), known * scores, known * scores.square(), trust * scores]
     return torch.stack([(weights * term).sum() for term in terms] + [term.sum() for term in plain])

@@ -171,6 +171,20 @@ def test_score_then_filter(home, tmp_path, capsys):
     fails(capsys, 1, message, lambda: main(["filter", *flags, "--output", output]))
 
 
+def test_a_column_of_the_user_s_own_is_not_replaced(home, tmp_path, capsys):
+    table, own = ScoreTable(tmp_path / "scores"), tmp_path / "own.parquet"
+    table.record(range(24), epoch=0, step=0, mimic_score=[1.0] * 24, ref_loss=[1.0] * 24, ref_trust=[0.5] * 24)
+    table.flush()
+    images().add_column("trust", ["high"] * 24).to_parquet(own)
+    flags = ["--scores", str(tmp_path / "scores"), "--min_score", "0", "--keep_all", "--output"]
+    message = "the data set must not have the columns trust yet"
+    fails(capsys, 1, message, lambda: main(["filter", "--dataset", str(own), *flags, "out.parquet"]))
+    first, second = str(tmp_path / "first.parquet"), str(tmp_path / "second.parquet")
+    assert main(["filter", "--dataset", str(home / "rows.parquet"), *flags, first]) == 0
+    assert main(["filter", "--dataset", first, *flags, second]) == 0  # its own columns are replaced
+    assert load_rows(first).column_names == load_rows(second).column_names
+
+
 def test_ids_of_the_data_set_are_used(home, tmp_path):
     rows = images().add_column("row", list(range(50, 74)))
     rows.shuffle(seed=0).to_parquet(tmp_path / "rows.parquet")

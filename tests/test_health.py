@@ -6,7 +6,7 @@ import torch
 
 from hf_mimic.health import Health, HealthWatch, likely_cause
 from hf_mimic.optimizer_step import alone
-from hf_mimic.selection import EvidenceTemperature, correlation
+from hf_mimic.temperature import correlation
 from hf_mimic.weights import OnlineSoftmax, Weighed
 
 
@@ -40,7 +40,7 @@ def test_correlations_are_numpy_s(split):
     scores, losses, trust = generator.normal(size=12), generator.gamma(1.0, size=12), generator.random(12)
     trust[[2, 7]] = np.nan
     known, found = ~np.isnan(trust), sums(scores, losses, trust, split)
-    assert found.fit_correlation.item() == pytest.approx(np.corrcoef(scores, np.exp(-losses))[0, 1])
+    assert found.fit_correlation.item() == pytest.approx(np.corrcoef(scores, -losses)[0, 1])
     assert found.trust_correlation.item() == pytest.approx(np.corrcoef(scores[known], trust[known])[0, 1])
     assert correlation(torch.tensor(scores), torch.tensor(trust)).item() == pytest.approx(
         found.trust_correlation.item()
@@ -134,36 +134,3 @@ def test_one_warning():
     with pytest.warns(UserWarning, match="^turned$"):
         watch.look({"unhealthy": 1.0})
     watch.look({"unhealthy": 1.0})  # a second warning would be an error
-
-
-# ---- the temperature that follows it -------------------------------------------------------------------------------
-
-
-def temperature_after(link, scale=1.0, size=64, steps=60):
-    temperature, generator = EvidenceTemperature(), np.random.default_rng(0)
-    for step in range(steps):
-        good = generator.random(size) < 0.6
-        scores = torch.tensor(scale * (link * good + 0.5 * generator.normal(size=size)))
-        trust = torch.tensor(np.where(good, 0.9, 0.1))
-        if not step:
-            temperature.start(scores, trust)
-        found = sums(scores, trust=trust)
-        temperature.update(found.signal_variance, found.trust_correlation, found.count)
-    return temperature.value.item()
-
-
-def test_a_score_counts_by_its_agreement_with_the_trust():
-    tau = temperature_after(1.0)
-    sigma, rho = np.sqrt(0.24 + 0.25), np.sqrt(0.24 / 0.49)
-    assert tau == pytest.approx(sigma / rho, rel=0.15)
-    assert temperature_after(-1.0) == np.inf
-    assert temperature_after(0.3) > 1.5 * tau
-
-
-@pytest.mark.parametrize("scale", [10.0, 1e-3])
-def test_the_temperature_has_the_scale_of_the_score(scale):
-    assert temperature_after(1.0, scale) == pytest.approx(scale * temperature_after(1.0), rel=1e-6)
-
-
-def test_the_temperature_does_not_depend_on_the_batch_size():
-    assert temperature_after(1.0, size=256) == pytest.approx(temperature_after(1.0, size=64), rel=0.1)

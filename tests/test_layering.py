@@ -20,6 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "reference": set(),
     "data": set(),
     "selection": set(),
+    "temperature": set(),
     "metrics": set(),
     "sharding": {"forward_ad"},
     "mimic": {"base_model", "checks", "forward_ad", "layers", "losses", "reference", "sharding"},
@@ -49,6 +50,7 @@ ARROWS: dict[str, set[str]] = {
         "selection",
         "self_check",
         "step_log",
+        "temperature",
         "weights",
     },
     # what a run takes from its reference

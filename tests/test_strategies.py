@@ -316,12 +316,27 @@ def test_raise(judge, tmp_path):
 
 
 def test_uniform_from_then_on(judge, tmp_path):
-    trainer = turned(tmp_path, judge, strategy="mimic", on_unhealthy="uniform")
+    trainer = turned(tmp_path, judge, strategy="mimic", temperature="1", on_unhealthy="uniform", num_train_epochs=8)
     with pytest.warns(UserWarning, match="It is left out of the weights as long as that is so"):
         trainer.train()
     weights = column(trainer, "relative_weight")
     assert weights[:48].std() > 0.1
     np.testing.assert_allclose(weights[-48:], 1.0, rtol=1e-5)
+
+
+def test_the_automatic_temperature_leaves_a_turned_score_out(judge, tmp_path):
+    trainer = turned(tmp_path, judge, strategy="mimic", num_train_epochs=8)
+    with pytest.warns(UserWarning, match="It is left out of the weights as long as that is so"):
+        trainer.train()
+    np.testing.assert_allclose(column(trainer, "relative_weight"), 1.0, rtol=1e-5)
+
+
+def test_a_fixed_temperature_does_not(judge, tmp_path):
+    trainer = turned(tmp_path, judge, strategy="mimic", temperature="1")
+    with pytest.warns(UserWarning, match="has turned around") as told:
+        trainer.train()
+    assert "left out" not in str(told[0].message)
+    assert column(trainer, "relative_weight")[-48:].std() > 0.01
 
 
 def test_a_good_score_is_let_be(judge, tmp_path):

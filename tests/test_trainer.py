@@ -87,14 +87,27 @@ def test_one_step_of_other_families(family, tmp_path):
 
 def test_auto_temperature_halves_the_effective_batch(vit, tmp_path):
     model, _, rows = vit
-    trainer = fit(model, tmp_path, rows=rows, num_train_epochs=1)
+    options = {"strategy": "small_loss", "num_train_epochs": 1}
+    trainer = fit(model, tmp_path, rows=rows, **options)
     weights = column(trainer, "relative_weight").reshape(2, 8) / 8
-    # From its own scores in the first step (among 8, half of many is 0.5 ** (7 / 9)), from earlier ones after it.
-    assert 1 / (weights[0] ** 2).sum() == pytest.approx(8 * 0.5 ** (7 / 9), rel=0.02)
+    half = 8 * 0.5 ** (7 / 9)  # among 8, what is half of many
+    # From its own losses in the first step, from earlier ones after it.
+    assert 1 / (weights[0] ** 2).sum() == pytest.approx(half, rel=0.02)
     assert 1 < 1 / (weights[1] ** 2).sum() < 8
-    device = fit(model, tmp_path / "device", rows=rows, num_train_epochs=1, weight_scope="device")
+    device = fit(model, tmp_path / "device", rows=rows, weight_scope="device", **options)
     weights = column(device, "relative_weight").reshape(2, 8) / 8
-    assert 1 / (weights**2).sum(1) == pytest.approx([4, 4], rel=0.02)
+    assert 1 / (weights**2).sum(1) == pytest.approx([half, half], rel=0.02)
+
+
+def test_mimic_weights_are_no_sharper_than_score_and_fit_agree(vit, tmp_path):
+    model, _, rows = vit
+    trainer = fit(model, tmp_path, rows=rows, num_train_epochs=1)
+    first = slice(0, 8)
+    weights = column(trainer, "relative_weight")[first] / 8
+    rho = np.corrcoef(column(trainer, "mimic_score")[first], -column(trainer, "loss")[first])[0, 1]
+    belief = min(2 * max(rho, 0) ** 3, np.sqrt(np.log(2)))
+    assert belief > 0
+    assert 1 / (weights**2).sum() >= 0.9 * 8 * np.exp(-(belief**2) * 7 / 9)
 
 
 @pytest.mark.parametrize("optimizer", [SGD, {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}])

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -66,6 +67,13 @@ def tasks(quick: bool, seeds: int, settings: list[str]) -> list[dict]:
     return sorted(found, key=lambda task: task["kind"] == "trajectory")  # the slow ones last
 
 
+def prepare(places: list[tuple], data: str, cache: str, scale: float) -> None:
+    """Train the models of some places in a process of its own, so that no two train the same ones."""
+    quiet()
+    for name, seed, regime, head in places:
+        Zoo(make_setting(name, seed, Path(data), Path(cache), scale), regime, head, Path(cache))
+
+
 def run(task: dict, data: str, cache: str, scale: float) -> dict:
     """Run one task in a process of its own."""
     quiet()
@@ -92,9 +100,16 @@ def run_all(todo: list[dict], args: argparse.Namespace, path: Path) -> None:
     """Run what is left, on some processes; append each result as soon as it is there."""
     data, cache = os.environ.get("HF_MIMIC_DATA", "../shared/data"), str(path.parent / "cache")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    places: dict = defaultdict(dict)  # by what shares a base
+    for task in todo:
+        place = tuple(task[name] for name in ("setting", "seed", "regime", "head"))
+        places[task["setting"].split("-")[0], task["seed"]][place] = None
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool, path.open("a") as file:
-        futures = {pool.submit(run, task, data, cache, args.scale): task for task in todo}
+        made = [pool.submit(prepare, list(group), data, cache, args.scale) for group in places.values()]
+        for future in tqdm(as_completed(made), total=len(made), desc="models", unit="set"):
+            future.result()
+        futures = [pool.submit(run, task, data, cache, args.scale) for task in todo]
         for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="run"):
             file.write(json.dumps(future.result()) + "\n")
             file.flush()

@@ -146,8 +146,15 @@ def _load(kind: str, data: Path, cache: Path) -> dict[str, Tensor]:
         }
     else:
         rows = _read(kind, data)
-    torch.save(rows, path)
+    _save(rows, path)
     return rows
+
+
+def _save(what: dict, path: Path) -> None:
+    """Write whole or not at all: other processes read it."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    torch.save(what, temporary)
+    temporary.replace(path)
 
 
 def _read(kind: str, data: Path) -> dict[str, Tensor]:
@@ -250,9 +257,7 @@ class Zoo:
             model.load_state_dict(torch.load(path, weights_only=True))
         else:
             model = train()
-            temporary = path.with_suffix(f".{os.getpid()}")
-            torch.save(model.state_dict(), temporary)
-            temporary.replace(path)
+            _save(model.state_dict(), path)
         return model.eval()
 
 
