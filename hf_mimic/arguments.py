@@ -40,9 +40,9 @@ class MimicTrainingArguments(TrainingArguments):
         direction: "current" (reference minus present weights, the paper's), "start" (minus the weights at the start)
             or "task_vector" (reference minus its base).
         temperature: tau of softmax(score / tau): a positive number, or "auto", from the scores of earlier steps
-            (weight_scope="device": of the micro-batch): an effective sample size of half of the samples or more. The
-            score counts by how much it agrees with the trust (strategy="trust") or with the model's own fit
-            ("mimic"); not at all if it contradicts them.
+            (weight_scope="device": of the micro-batch). The score then counts by how much it agreed with the trust
+            (strategy="trust") or with the model's own fit ("mimic": down to an effective sample size of about half),
+            not at all where it contradicted them. "ref_loss", "rho_loss", "small_loss": half of the samples.
         strategy: How samples get weights: "trust" (the probability that the label is right, by the reference's
             predictions and the mimic score; runs the reference once over the data), "mimic" (the paper's;
             the reference is only read), "ref_loss", "rho_loss" (both run the reference), "small_loss", "uniform" (train
@@ -50,7 +50,7 @@ class MimicTrainingArguments(TrainingArguments):
         head_init: The head to start with: "keep" the model's, "zero", or the "reference"'s. Heads that were initialised
             apart turn the mimic score around in full fine-tuning.
         on_unhealthy: What happens when the mimic score says nothing or has turned around: "warn", "uniform" (warn, and
-            leave it out of the weights as long as it does) or "raise".
+            leave it out of the weights as long as it does; the automatic temperature does so anyway) or "raise".
         reweight: Which parameters get the weighted gradient: "all", or "mimic_layers" (the others get the plain mean).
         weight_scope: The group over which weights are normalised: "global" (the whole optimizer step: all processes
             and accumulated micro-batches) or "device" (each micro-batch of each process, as in the papers).

@@ -134,8 +134,10 @@ def filter_rows(options: FilterArguments) -> str:
     _check_output(options)
     given = load_rows(options.dataset, options.split)
     table = ScoreTable.load(options.scores)
-    if {"mimic_score", "n_visits"} <= {*given.column_names}:  # written by an earlier filter, not the user's own
-        given = given.remove_columns([name for name in ATTACHED if name in given.column_names])
+    if {"mimic_score", "n_visits", "keep"} <= {*given.column_names}:  # of an earlier filter, not the user's own
+        earlier = [name for name in ATTACHED if name in given.column_names]
+        print(f"columns of an earlier filter are replaced: {', '.join(earlier)}")
+        given = given.remove_columns(earlier)
     rows = _identified(given, options.sample_id_column)
     highest = table.aggregate()["sample_id"].to_numpy().max()
     if options.sample_id_column not in given.column_names and highest >= len(rows):

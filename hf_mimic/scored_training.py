@@ -17,7 +17,7 @@ from hf_mimic.finite import finite_forward, no_gradient, without_trace
 from hf_mimic.health import Health, HealthWatch
 from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
-from hf_mimic.selection import STRATEGIES, USE_THE_SCORE, BatchSignals, evidence_of, scaled_part
+from hf_mimic.selection import STRATEGIES, USE_THE_SCORE, BatchSignals, scaled_part
 from hf_mimic.self_check import check_gradient, gradient_along
 from hf_mimic.step_log import StepLog
 from hf_mimic.temperature import temperature_of
@@ -39,9 +39,9 @@ class ScoredTraining:
         self.strategy: str = trainer.strategy
         self.temperature = temperature_of(self.strategy)
         self.log, self.health = StepLog(), Health()
-        self._leaves_out = self.args.on_unhealthy == "uniform" and self.strategy in USE_THE_SCORE
-        left_out = self._leaves_out or self.args.tau == "auto"
-        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain, left_out=left_out)
+        self._automatic = self.args.tau == "auto"
+        self._leaves_out = self.strategy in USE_THE_SCORE and (self._automatic or self.args.on_unhealthy == "uniform")
+        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain, left_out=self._leaves_out)
         self._micro_batches: list[Mapping[str, Any]] = []
         self._taken = self._barren_steps = self._steps = 0
         self._barren: bool
@@ -51,15 +51,16 @@ class ScoredTraining:
 
     def state(self) -> dict[str, Any]:
         """Return the running temperature and the health for a checkpoint; empty before the first step."""
-        known = {name: getattr(self.temperature, name) for name in ("variance", "shape", "rho")}
-        temperature = {name: float(value) for name, value in known.items() if value is not None}
+        variance, shape = self.temperature.variance, self.temperature.shape
+        known = variance is not None and shape is not None
+        temperature = {"variance": float(variance), "shape": float(shape)} if known else {}  # type: ignore[arg-type]
         return {"strategy": self.strategy, "temperature": temperature, "health": self.health.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on with the health of a checkpoint, and with its temperature if that was of the same strategy."""
         parameter = next(self.trainer.model.parameters())
         like = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-        same = state.get("strategy", "mimic") == self.strategy
+        same = self._automatic and state.get("strategy", "mimic") == self.strategy
         for name, value in state.get("temperature", {}).items() if same else ():
             setattr(self.temperature, name, like.new_tensor(value))
         self.health.resume(state.get("health", {}), like)
@@ -109,13 +110,12 @@ class ScoredTraining:
             self._check(share)
         if self.args.record_scores:
             self._record()
-        if self.args.weight_scope == "global":
+        if self.args.weight_scope == "global" and self._automatic:
             sums = groups[0][0]
             size = sums.effective_sample_size / sums.count
             if self._leaves_out:  # then the weights say nothing about the temperature
                 size = torch.where(self.health.unhealthy.to(size.device), torch.nan, size)
-            rho = sums.trust_correlation if self.temperature.evidence == "trust" else sums.fit_correlation
-            self.temperature.update(sums.signal_variance, size, sums.count, rho)
+            self.temperature.update(sums.signal_variance, size, sums.count, self._believed(sums.count))
         self._look_after(groups)
         self.log.add(groups, self._norm, self._nonfinite)
         # All processes see the same only where weights are shared: they must end together.
@@ -193,17 +193,18 @@ class ScoredTraining:
 
     def _logits(self, signals: BatchSignals) -> Tensor:
         tau: Any = self.args.tau
-        if tau == "auto" and len(signals.mimic_scores):
+        if self._automatic:
+            temperature = self.temperature
             if self.args.weight_scope == "device":
-                own = temperature_of(self.strategy)
-                own.start(scaled_part(self.strategy, signals), evidence_of(self.strategy, signals))
-                tau = own.value
-            else:
-                tau = 1.0 if self.temperature.variance is None else self.temperature.value
-        tau = 1.0 if isinstance(tau, str) else tau
+                temperature = temperature_of(self.strategy)
+                temperature.start(scaled_part(self.strategy, signals))
+            tau = temperature.value(self._believed(signals.mimic_scores))
         if self._leaves_out:
             tau = torch.where(self.health.unhealthy.to(signals.losses.device), torch.inf, tau)
         return STRATEGIES[self.strategy](signals, temperature=tau)
+
+    def _believed(self, like: Tensor) -> Tensor:
+        return self.health.believed(self.temperature.evidence, like)
 
     def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
@@ -224,8 +225,9 @@ class ScoredTraining:
     # ---- one optimizer step ----------------------------------------------------------------------------------------
 
     def _needs_temperature(self) -> bool:
-        automatic = self.args.tau == "auto" and self.args.weight_scope == "global" and self.args.strategy != "uniform"
-        return automatic and self.temperature.variance is None
+        """Return whether the first step cannot do without its own scores: a belief of 0 needs no temperature."""
+        automatic = self._automatic and self.args.weight_scope == "global" and self.strategy != "uniform"
+        return automatic and self.temperature.variance is None and self.temperature.evidence is None
 
     def _measure(self, micro_batches: list[Mapping[str, Any]]) -> None:
         """Set the temperature of the first step from its own scores, before any of its gradients: one extra forward."""
@@ -239,11 +241,10 @@ class ScoredTraining:
                 scores, losses = forward.scores, forward.losses.to(forward.scores.dtype)
                 kept = trainer.epoch_end.kept(len(scores), ids, last=number == len(micro_batches))
                 signals = self._signals(losses, scores, ids, torch.ones_like(scores, dtype=torch.bool))
-                pair = torch.stack([scaled_part(self.strategy, signals), evidence_of(self.strategy, signals)])
-                found.append(pair if kept is None else pair[:, kept])
-        parts, evident = (self.engine.gather_unequal(row) for row in torch.cat(found, 1))
-        finite = parts.isfinite()
-        self.temperature.start(parts[finite], evident[finite])
+                parts = scaled_part(self.strategy, signals)
+                found.append(parts if kept is None else parts[kept])
+        every = self.engine.gather_unequal(torch.cat(found))
+        self.temperature.start(every[every.isfinite()])
 
     def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator

@@ -139,8 +139,3 @@ def scaled_part(strategy: str, signals: BatchSignals) -> Tensor:
         return signals.mimic_scores
     weigh = STRATEGIES[strategy]
     return weigh(signals, temperature=1.0) - weigh(signals, temperature=torch.inf)
-
-
-def evidence_of(strategy: str, signals: BatchSignals) -> Tensor:
-    """Return what is evident of the samples (B,), without clean labels: the trust, or the fit -loss."""
-    return _needed(signals.ref_trust, strategy) if strategy == "trust" else -signals.losses

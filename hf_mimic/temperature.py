@@ -12,17 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AUTO_SHARE = 0.5  # of the samples: the effective size that weights have at the least
+AUTO_SHARE = 0.5  # of the samples: the effective size of the sharpest weights
 _LARGEST_JUMP = 25.0  # of the signals' variance from one step to the next
 _LEAST_BELIEF = 0.05
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the correlation of a (N,) and b (N,), 0-d; NaN where one of them does not vary. NaN in b is left out."""
-    known = b.isfinite()
-    a, b = a[known], b[known]
-    a, b = a - a.mean(), b - b.mean()
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+_SHAPES = (0.05, 20.0)  # least and most kappa^2
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
@@ -68,69 +61,65 @@ class RunningTemperature:
         rate: Weight of the newest step in the averages.
     """
 
-    evidence = "fit"
+    evidence: str | None = None  # what the score must agree with to be believed: "fit" or "trust"
     follows_size = True
 
     def __init__(self, share: float = AUTO_SHARE, rate: float = 0.1) -> None:
         self.share, self.rate, self.most = share, rate, math.sqrt(-math.log(share))
         self.variance: Tensor | None = None  # sigma^2
         self.shape: Tensor | None = None  # kappa^2
-        self.rho: Tensor | None = None  # correlation with the evidence
-
-    @property
-    def value(self) -> Tensor:
-        """tau, 0-d; infinite (equal weights) without any belief, or as long as all signals of a step were equal."""
-        variance, shape, rho = self._started()
-        belief = self.belief(rho)
-        usable = (variance > 0) & (belief > 0)
-        return torch.where(usable, (variance * shape).sqrt() / belief.clamp_min(1e-6), torch.inf)
 
     def belief(self, rho: Tensor) -> Tensor:
         """Return how much the signals count, 0-d, from their correlation with the evidence."""
         return torch.full_like(rho, self.most)
 
-    def _started(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.variance is None or self.shape is None or self.rho is None:
-            raise RuntimeError("the running temperature must have seen the scores of a step, got none.")
-        return self.variance, self.shape, self.rho
+    def value(self, rho: Tensor) -> Tensor:
+        """Return tau, 0-d; infinite (equal weights) without belief, and until the signals of a step differed.
 
-    def start(self, signals: Tensor, evidence: Tensor | None = None) -> None:
-        """Begin with the temperature that suits the first step's signals (N,) and what is evident of its samples (N,)."""
+        Args:
+            rho: Correlation of the signals with the evidence, 0-d.
+        """
+        if self.variance is None or self.shape is None:
+            return torch.full_like(rho, torch.inf)
+        belief = self.belief(rho)
+        usable = (self.variance > 0) & (belief > 0)
+        return torch.where(usable, (self.variance * self.shape).sqrt() / belief.clamp_min(1e-6), torch.inf)
+
+    def start(self, signals: Tensor) -> None:
+        """Begin with what suits the signals (N,) of the first step."""
         several = len(signals) > 1
         self.variance = signals.var() if several else signals.new_zeros(())
-        self.rho = torch.nan_to_num(correlation(signals, signals if evidence is None else evidence))
         self.shape = torch.ones_like(self.variance)
         if several and self.follows_size:
-            share = self.share ** _among(len(signals))
-            shape = (auto_temperature(signals, share) * self.most).square() / self.variance
-            self.shape = torch.where(shape.isfinite(), shape, self.shape)
+            tau = auto_temperature(signals, self.share ** _among(len(signals)))
+            shape = (tau * self.most).square() / self.variance
+            self.shape = torch.where(shape.isfinite(), shape, self.shape).clamp(*_SHAPES)
 
     def update(self, variance: Tensor, effective_share: Tensor, count: Tensor, rho: Tensor) -> None:
         """Take in one step.
 
-        A step of one sample, or of equal signals, says nothing and changes nothing; neither does a share or a
-        correlation that is not a number.
+        A step of one sample, or of equal signals, says nothing and changes nothing; a share that is not a number leaves
+        kappa as it is.
 
         Args:
             variance: Of its signals, 0-d as all of them.
             effective_share: The weights' effective sample size as a share of the samples.
             count: Of samples.
-            rho: Correlation of the signals with the evidence.
+            rho: What its temperature was made of.
         """
-        if self.variance is None or self.shape is None or self.rho is None:
-            return
-        belief, before = self.belief(self.rho), self.variance
+        if self.variance is None or self.shape is None:
+            self.variance, self.shape = torch.zeros_like(variance), torch.ones_like(variance)
+        before, belief = self.variance, self.belief(rho)
         told = variance.isfinite() & (variance > 0) & (count > 1)
         # A step with one sample far away must not set the temperature of the next hundred.
         capped = torch.minimum(variance, _LARGEST_JUMP * before)
         self.variance = torch.where(told, torch.where(before > 0, before.lerp(capped, self.rate), variance), before)
-        self.rho = torch.where(told & rho.isfinite(), self.rho.lerp(torch.nan_to_num(rho), self.rate), self.rho)
         if self.follows_size:
             wanted = -belief.square() * _among(count)
-            moved = self.shape * (1 + self.rate * (effective_share.log() / wanted - 1))
+            moved = self.shape * (1 + self.rate * (effective_share.log() / wanted - 1)).clamp_max(2)
             # Nearly equal weights say nothing of the signals' shape.
             told = told & (before > 0) & effective_share.isfinite() & (belief > _LEAST_BELIEF)
-            self.shape = torch.where(told, moved, self.shape).clamp(1e-4, 1e4)
+            self.shape = torch.where(told, moved, self.shape).clamp(*_SHAPES)
 
 
 def _among(count: Any) -> Any:
@@ -145,6 +134,8 @@ class FitTemperature(RunningTemperature):
     rho is about .3 where nearly all are right, .8 with 40 % of noise (examples/benchmarks/bench_trust.py). A score that
     says nothing, or has turned around, gets tau = infinity: it is left out.
     """
+
+    evidence = "fit"
 
     def belief(self, rho: Tensor) -> Tensor:
         """Return 2 rho^3, at most `share`'s."""

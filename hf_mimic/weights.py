@@ -55,22 +55,29 @@ class StepSums:
         """Of the scores with -loss, the model's own fit; not a number where one of them does not vary."""
         both = self.loss_score - self.loss * self.score / self.count
         square = _deviation(self.loss, self.loss_square, self.count)
-        return -both / (square * _deviation(self.score, self.score_square, self.count)).sqrt()
+        return -_correlation(both, square, _deviation(self.score, self.score_square, self.count))
 
     @property
     def trust_correlation(self) -> Tensor:
         """Of the scores with the trust, over the samples that have one; not a number where one does not vary."""
         both = self.trust_score - self.trust * self.known_score / self.known
         square = _deviation(self.trust, self.trust_square, self.known)
-        return both / (square * _deviation(self.known_score, self.known_score_square, self.known)).sqrt()
+        return _correlation(both, square, _deviation(self.known_score, self.known_score_square, self.known))
 
 
 def _deviation(total: Tensor, square: Tensor, count: Tensor) -> Tensor:
     """Return the sum of squared deviations from the mean; 0 where it is only rounding of the difference."""
     deviation = square - total.square() / count
-    return torch.where(deviation > 10 * torch.finfo(square.dtype).eps * square, deviation, 0)
+    return torch.where(deviation > _ROUNDING * torch.finfo(square.dtype).eps * square, deviation, 0)
 
 
+def _correlation(both: Tensor, square: Tensor, other_square: Tensor) -> Tensor:
+    """Return the correlation from sums over deviations; the roots apart, so that their product does not overflow."""
+    varies = (square > 0) & (other_square > 0)
+    return torch.where(varies, both / square.sqrt() / other_square.sqrt(), torch.nan).clamp(-1, 1)
+
+
+_ROUNDING = 100.0  # in units of eps
 _POWERS = (1, 2, 1, 1, 1) + 15 * (0,)  # of e_i in each sum: how it scales with exp(-c)
 
 

@@ -6,7 +6,6 @@ import torch
 
 from hf_mimic.health import Health, HealthWatch, likely_cause
 from hf_mimic.optimizer_step import alone
-from hf_mimic.temperature import correlation
 from hf_mimic.weights import OnlineSoftmax, Weighed
 
 
@@ -42,10 +41,29 @@ def test_correlations_are_numpy_s(split):
     known, found = ~np.isnan(trust), sums(scores, losses, trust, split)
     assert found.fit_correlation.item() == pytest.approx(np.corrcoef(scores, -losses)[0, 1])
     assert found.trust_correlation.item() == pytest.approx(np.corrcoef(scores[known], trust[known])[0, 1])
-    assert correlation(torch.tensor(scores), torch.tensor(trust)).item() == pytest.approx(
-        found.trust_correlation.item()
-    )
     assert found.trust_correlation.item() != pytest.approx(found.fit_correlation.item(), abs=0.05)
+
+
+@pytest.mark.parametrize("of_losses", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("of_scores", [1.0, 1e-9, 1e9])
+def test_correlations_do_not_depend_on_the_scale(of_scores, of_losses):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(64, generator=generator)
+    losses = (torch.randn(64, generator=generator) - scores).exp()
+
+    def found(of_scores, of_losses):
+        softmax = OnlineSoftmax()
+        softmax.add(Weighed(torch.zeros(64), of_losses * losses, of_scores * scores, trust=-losses), gather=alone)
+        return softmax.sums.fit_correlation, softmax.sums.trust_correlation
+
+    torch.testing.assert_close(found(of_scores, of_losses), found(1.0, 1.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-4])
+def test_what_varies_by_no_more_than_rounding_has_no_correlation(spread):
+    scores, softmax = torch.randn(64, generator=torch.Generator().manual_seed(0)), OnlineSoftmax()
+    softmax.add(Weighed(torch.zeros(64), 2.3 + spread * scores, scores), gather=alone)
+    assert softmax.sums.fit_correlation.isnan()
 
 
 @pytest.mark.parametrize("trust", [True, False])
@@ -89,6 +107,28 @@ def test_no_verdict_before_enough_samples():
     assert "unhealthy" not in fed(3, link=-1.0).report()
     assert not fed(3, link=-1.0).unhealthy
     assert fed(5, link=-1.0).report()["unhealthy"] == 1.0
+
+
+def test_what_is_believed_grows_with_what_was_seen():
+    like = torch.zeros((), dtype=torch.float64)
+    assert Health().believed("fit", like) == 0
+    few, many = fed(1, size=8), fed(100)
+    report = many.report()
+    assert many.believed("fit", like).item() == pytest.approx(report["score_fit_correlation"], rel=0.01)
+    assert many.believed("trust", like).item() == pytest.approx(report["score_trust_correlation"], rel=0.01)
+    assert many.believed(None, like) == 0
+    assert few.believed("fit", like).item() == pytest.approx(few.report()["score_fit_correlation"] / 3)  # 8 of 8 + 16
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_chance_is_not_believed(size):
+    """Scores that say nothing, in steps of a few samples."""
+    highest = max(
+        fed(steps, size=size, link=0.0, seed=seed).believed("fit", torch.zeros(())).item()
+        for seed in range(40)
+        for steps in (1, 3, 30)
+    )
+    assert highest < 0.45
 
 
 def test_a_score_that_turns_is_found_within_its_window():

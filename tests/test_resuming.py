@@ -279,7 +279,7 @@ def test_the_marker_is_the_last_file(run):
     state = read_state(checkpoint)
     assert state["step"] == 8
     assert state["split"]["processes"] == 1
-    assert set(state["temperature"]) == {"variance", "shape", "rho"}
+    assert set(state["temperature"]) == {"variance", "shape"}
 
 
 def test_only_whole_checkpoints_are_kept(tmp_path):

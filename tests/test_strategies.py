@@ -14,6 +14,7 @@ from hf_mimic.filters import TrustFilter
 from hf_mimic.losses import cross_entropy
 from hf_mimic.reference_pass import ReferenceScores
 from hf_mimic.scores import attach_scores
+from hf_mimic.temperature import auto_temperature
 from hf_mimic.trainer import MimicTrainer
 from hf_mimic.trust import LabelNoiseModel
 
@@ -294,7 +295,8 @@ def test_a_turned_score_is_noticed_by_its_trust(judge, tmp_path):
     logged = [entry for entry in trainer.state.log_history if "unhealthy" in entry]
     assert logged[-1]["unhealthy"] == 1.0
     assert logged[-1]["score_trust_correlation"] < 0.1
-    assert trainer.training.temperature.value == torch.inf  # and is left out
+    weights, trust = (column(trainer, name)[-24:] for name in ("relative_weight", "ref_trust"))
+    np.testing.assert_allclose(weights, 24 * trust / trust.sum(), rtol=1e-3, atol=1e-2)  # it is left out
 
 
 def test_short_runs_are_looked_at_too(judge, tmp_path):
@@ -324,8 +326,48 @@ def test_uniform_from_then_on(judge, tmp_path):
     np.testing.assert_allclose(weights[-48:], 1.0, rtol=1e-5)
 
 
-def test_the_automatic_temperature_leaves_a_turned_score_out(judge, tmp_path):
-    trainer = turned(tmp_path, judge, strategy="mimic", num_train_epochs=8)
+@pytest.mark.parametrize("strategy", ["mimic", "trust"])
+@pytest.mark.parametrize("scope", ["global", "device"])
+def test_weights_follow_from_what_was_recorded(judge, tmp_path, strategy, scope):
+    """The automatic temperature, written anew from the columns of the score table alone."""
+    reference, rows, _ = judge
+    options = {"strategy": strategy, "weight_scope": scope, "mimic_layers": "all", **SGD, "learning_rate": 0.01}
+    trainer = fit(base_of(reference), tmp_path, rows=rows, reference=reference, num_train_epochs=6, **options)
+    names = ("mimic_score", "loss", "ref_trust", "relative_weight")
+    steps = zip(*(column(trainer, name).reshape(-1, 8).astype(float) for name in names), strict=True)
+    variance, shape, rho, seen, least, sharp = None, 1.0, 0.0, 0, np.sqrt(np.log(2)), []
+    for scores, losses, trusts, weights in steps:
+        believed = max(rho * seen / (seen + 16), 0)
+        belief = believed if strategy == "trust" else min(2 * believed**3, least)
+        if seen >= 256 and rho < (0.1 if strategy == "trust" else 0):
+            belief = 0.0
+        sigma2, kappa2 = variance, shape
+        if scope == "device":
+            own = auto_temperature(torch.tensor(scores), 0.5 ** (7 / 9)).item()
+            sigma2 = scores.var(ddof=1)
+            kappa2 = 1.0 if strategy == "trust" else np.clip((own * least) ** 2 / sigma2, 0.05, 20)
+        slope = belief / np.sqrt(sigma2 * kappa2) if belief and sigma2 else 0.0
+        evidence = np.log(trusts.clip(1e-4, 1 - 1e-4) / (1 - trusts.clip(1e-4, 1 - 1e-4)))
+        logits = scores * slope if strategy == "mimic" else -np.log1p(np.exp(-(evidence + scores * slope))).clip(max=8)
+        expected = np.exp(logits - logits.max())
+        np.testing.assert_allclose(weights / 8, expected / expected.sum(), rtol=2e-3, atol=1e-5)
+        sharp.append(np.ptp(scores * slope))
+        size = 1 / np.square(weights / 8).sum() / 8
+        if variance is not None and strategy == "mimic" and belief > 0.05:
+            shape = np.clip(shape * min(1 + 0.1 * (np.log(size) / (-(belief**2) * 7 / 9) - 1), 2), 0.05, 20)
+        variance = (
+            scores.var(ddof=1)
+            if variance is None
+            else variance + 0.1 * (min(scores.var(ddof=1), 25 * variance) - variance)
+        )
+        found = np.corrcoef(scores, trusts if strategy == "trust" else -losses)[0, 1]
+        rho, seen = rho + 8 / min(seen + 8, 1024) * (found - rho), seen + 8
+    assert max(sharp) > 0.3  # the score did count
+
+
+@pytest.mark.parametrize("scope", ["global", "device"])
+def test_the_automatic_temperature_leaves_a_turned_score_out(judge, tmp_path, scope):
+    trainer = turned(tmp_path, judge, strategy="mimic", num_train_epochs=8, weight_scope=scope)
     with pytest.warns(UserWarning, match="It is left out of the weights as long as that is so"):
         trainer.train()
     np.testing.assert_allclose(column(trainer, "relative_weight"), 1.0, rtol=1e-5)

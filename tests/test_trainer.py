@@ -99,17 +99,6 @@ def test_auto_temperature_halves_the_effective_batch(vit, tmp_path):
     assert 1 / (weights**2).sum(1) == pytest.approx([half, half], rel=0.02)
 
 
-def test_mimic_weights_are_no_sharper_than_score_and_fit_agree(vit, tmp_path):
-    model, _, rows = vit
-    trainer = fit(model, tmp_path, rows=rows, num_train_epochs=1)
-    first = slice(0, 8)
-    weights = column(trainer, "relative_weight")[first] / 8
-    rho = np.corrcoef(column(trainer, "mimic_score")[first], -column(trainer, "loss")[first])[0, 1]
-    belief = min(2 * max(rho, 0) ** 3, np.sqrt(np.log(2)))
-    assert belief > 0
-    assert 1 / (weights**2).sum() >= 0.9 * 8 * np.exp(-(belief**2) * 7 / 9)
-
-
 @pytest.mark.parametrize("optimizer", [SGD, {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}])
 @pytest.mark.parametrize("options", [{"strategy": "uniform"}, {"temperature": 1e12}], ids=str)
 @pytest.mark.parametrize("accumulated", [1, 2])
