@@ -20,7 +20,6 @@ LEAST_TRUST_CORRELATION = 0.1
 LEAST_FIT_CORRELATION = 0.0
 _WINDOW = 1024.0  # samples that an average reaches back
 _ENOUGH = 256.0  # samples before anything is said
-_DOUBT = 16.0  # samples without any link that a correlation is averaged with before it is believed
 _NAMES = ("fit", "fit_seen", "trust", "trust_seen")
 
 
@@ -56,7 +55,10 @@ class Health:
         return torch.where(trust_seen >= _ENOUGH, trust < LEAST_TRUST_CORRELATION, by_fit)
 
     def believed(self, evidence: str | None, like: Tensor) -> Tensor:
-        """Return how much the score agrees with "fit" or "trust", 0-d; near 0 as long as few samples were seen.
+        """Return how much the score agrees with "fit" or "trust", 0-d.
+
+        Of n samples' correlation rho the part 1 / (n rho^2) is chance, and is taken off (the positive-part James-Stein
+        rule): nothing is left of what is within one standard error of 0.
 
         Args:
             evidence: Which correlation; None: 0.
@@ -65,8 +67,8 @@ class Health:
         if self._state is None or evidence is None:
             return like.new_zeros(())
         place = _NAMES.index(evidence)
-        seen = self._state[place + 1]
-        return (self._state[place] * seen / (seen + _DOUBT)).to(like)
+        rho, seen = self._state[place], self._state[place + 1].clamp_max(_WINDOW)
+        return torch.nan_to_num(rho - 1 / (seen * rho)).where(seen * rho.square() > 1, 0).to(like)
 
     def report(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return what the log says; a signal that could not be computed is absent, and so is a verdict without one.

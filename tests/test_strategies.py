@@ -337,7 +337,7 @@ def test_weights_follow_from_what_was_recorded(judge, tmp_path, strategy, scope)
     steps = zip(*(column(trainer, name).reshape(-1, 8).astype(float) for name in names), strict=True)
     variance, shape, rho, seen, least, sharp = None, 1.0, 0.0, 0, np.sqrt(np.log(2)), []
     for scores, losses, trusts, weights in steps:
-        believed = max(rho * seen / (seen + 16), 0)
+        believed = max(rho - 1 / (seen * rho), 0) if seen * rho**2 > 1 else 0.0
         belief = believed if strategy == "trust" else min(2 * believed**3, least)
         if seen >= 256 and rho < (0.1 if strategy == "trust" else 0):
             belief = 0.0
