@@ -182,7 +182,7 @@ def test_running_temperature_before_any_step():
 
 
 def test_running_temperature_recovers_where_half_cannot_be_reached():
-    ties = draw("normal", 64).clamp_max(-0.5)  # 44 of 64 share the first place
+    ties = draw("normal", 64).clamp_max(-0.5)  # most of the 64 share the first place
     temperature = RunningTemperature()
     assert (ties == ties.max()).sum() > 40
     shares = run(temperature, [ties, *(draw("normal", 64, seed) for seed in range(20))])

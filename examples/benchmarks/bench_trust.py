@@ -25,13 +25,7 @@ from trust_settings import CORE, HEADS, SETTINGS, Zoo, accuracy, make_setting
 from trust_tables import limits, tables
 
 EVERYWHERE = ("plain", "default", "trust alone", "paper (head, current, tau 1)", "mimic, all layers")
-EVERYWHERE += (
-    "mimic, all, reference's head",
-    "mimic, all, uniform if unhealthy",
-    "ref_loss",
-    "rho_loss",
-    "small_loss",
-)
+EVERYWHERE += ("mimic, all, reference's head", "ref_loss", "rho_loss", "small_loss")
 SHARED = ("plain", "default", "default, all layers", "trust alone", "paper (head, current, tau 1)", "mimic, head")
 SHARED += ("mimic, all layers", "rho_loss")
 SCORED = [*CORE, "fashion-pair-0.4", "clothing-sym-0.4"]  # along every direction

@@ -34,7 +34,6 @@ DEFAULT: dict[str, Any] = {}  # nothing but the package's defaults
 TRAININGS: dict[str, dict[str, Any]] = {
     "plain": {"strategy": "uniform"},
     "default": DEFAULT,
-    "default, uniform if unhealthy": {"on_unhealthy": "uniform"},
     "trust alone": {"temperature": "1e12"},
     "default, all layers": {"mimic_layers": ["all"]},
     "default, reference's head": {"head_init": "reference"},
@@ -42,7 +41,6 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "mimic, head": {"strategy": "mimic"},
     "mimic, all layers": {"strategy": "mimic", "mimic_layers": ["all"]},
     "mimic, all, reference's head": {"strategy": "mimic", "mimic_layers": ["all"], "head_init": "reference"},
-    "mimic, all, uniform if unhealthy": {"strategy": "mimic", "mimic_layers": ["all"], "on_unhealthy": "uniform"},
     "mimic, head, task vector": {"strategy": "mimic", "direction": "task_vector"},
     "ref_loss": {"strategy": "ref_loss"},
     "rho_loss": {"strategy": "rho_loss"},

@@ -17,7 +17,6 @@ HEALTHY, INVERTED = 0.7, 0.5  # AUROC of the score: at least, below
 COSTS = {
     "plain": "3E",
     "default": "3E + 1",
-    "default, uniform if unhealthy": "3E + 1",
     "default, all layers": "5E + 1",
     "trust alone": "3E + 1",
     "default, reference's head": "3E + 1",
@@ -25,7 +24,6 @@ COSTS = {
     "mimic, head": "3E",
     "mimic, all layers": "5E",
     "mimic, all, reference's head": "5E",
-    "mimic, all, uniform if unhealthy": "5E",
     "mimic, head, task vector": "3E",
     "ref_loss": "3E + 1",
     "rho_loss": "3E + 1",
