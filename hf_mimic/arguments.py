@@ -54,6 +54,13 @@ class MimicTrainingArguments(TrainingArguments):
         reweight: Which parameters get the weighted gradient: "all", or "mimic_layers" (the others get the plain mean).
         weight_scope: The group over which weights are normalised: "global" (the whole optimizer step: all processes
             and accumulated micro-batches) or "device" (each micro-batch of each process, as in the papers).
+        gather_negatives: Contrastive losses (CLIP, SigLIP): the pairs of all processes are each other's negatives, with
+            gradient; False for those of the same process only, as the Trainer does.
+        cache_negatives: The pairs of the whole optimizer step are each other's negatives (GradCache), with the memory of
+            one micro-batch, for one more forward pass.
+        multi_positive: Pairs with the same caption are right for each other, not negatives.
+        max_logit_scale: After every step exp(logit_scale) of a softmax contrastive loss is at most this (CLIP's 100);
+            0: no limit.
         sample_id_column: int64 column of the train data set that identifies a sample.
         record_scores: Write every visit to <output_dir>/scores.
         self_check_steps: Compare gradient and scores on the first step and then every so many steps; 0: on the first
@@ -71,6 +78,10 @@ class MimicTrainingArguments(TrainingArguments):
     on_unhealthy: str = field(default="warn")
     reweight: str = field(default="all")
     weight_scope: str = field(default="global")
+    gather_negatives: bool = field(default=True)
+    cache_negatives: bool = field(default=False)
+    multi_positive: bool = field(default=False)
+    max_logit_scale: float = field(default=100.0)
     sample_id_column: str = field(default="sample_id")
     record_scores: bool = field(default=True)
     self_check_steps: int = field(default=0)
@@ -133,6 +144,13 @@ class MimicTrainingArguments(TrainingArguments):
                 '`reweight`="mimic_layers" must have checkpointing with use_reentrant=False, got True, which hides the '
                 'layers inside from `torch.autograd.grad`. Use the default checkpointing, or reweight="all".'
             )
+        if self.cache_negatives and self.reweight == "mimic_layers":
+            raise ValueError(
+                '`cache_negatives` must be False with `reweight`="mimic_layers", got True: features have one gradient '
+                'only. Use reweight="all".'
+            )
+        if self.max_logit_scale < 0:
+            raise ValueError(f"`max_logit_scale` must be positive, or 0 for no limit, got {self.max_logit_scale}.")
         if self.self_check_steps < -1:
             raise ValueError(
                 f"`self_check_steps` must be -1 (never), 0 (the first step) or a number of steps, got "

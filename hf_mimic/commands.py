@@ -64,7 +64,7 @@ def train(options: DataArguments, args: Any) -> str:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
-    verdict = trainer.training.health_report().get("unhealthy")
+    verdict = trainer.training.weighing.report().get("unhealthy")
     healthy = {None: "not known: too few samples", 0.0: "good", 1.0: "the score says little (see the warning)"}
     lines |= {"strategy": trainer.strategy, "score's health": healthy[verdict]}
     if evaluation is not None:

@@ -76,6 +76,7 @@ class Engine:
         self.accelerator = trainer.accelerator
         self.processes = self.accelerator.num_processes
         self.sharded = self.compiled = False
+        self.even = bool(self.accelerator.even_batches)  # whether all processes' batches have as many rows
         self.parameters: list[Tensor] = []
 
     def prepared(self, model: nn.Module) -> None:
@@ -123,7 +124,7 @@ class Engine:
         batch: Mapping[str, Any],
         *,
         base: nn.Module,
-        direction: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor] | None,
         loss_fn: PerSampleLoss,
     ) -> MimicForward:
         """Run and score a batch; a compiled model is scored by an eager pass of its own, which costs a forward pass.

@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_mimic.micro_batch import rows_of
 from hf_mimic.mimic import MimicForward
 
 Forward = Callable[[Mapping[str, Any]], MimicForward]
 
 
 def finite_forward(
-    model: nn.Module, batch: Mapping[str, Any], first: Forward, again: Forward, *, anywhere: Callable[[bool], bool]
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    first: Forward,
+    again: Forward,
+    *,
+    anywhere: Callable[[bool], bool] = bool,
+    indispensable: bool = False,
 ) -> tuple[MimicForward | None, MimicForward, Tensor]:
     """Run the batch; if a loss or score is not finite, run it again without that sample.
 
@@ -28,12 +35,13 @@ def finite_forward(
         first: Runs a batch.
         again: Runs it a second time: without the wrapper that averages gradients, if not all processes do.
         anywhere: Whether something is true on any of the processes that must run in step; `bool` for one.
+        indispensable: Whether each of these must go backward, too, even if another has no finite sample.
 
     Returns:
         The pass over the finite samples or None, the first pass, and which samples are finite (B,).
 
     Raises:
-        FloatingPointError: If the processes must run in step and one of them has no finite sample.
+        FloatingPointError: If a process that is indispensable has no finite sample.
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     forward = first(batch)
@@ -45,14 +53,13 @@ def finite_forward(
     if not valid.any():  # a contrastive loss or batch norm spreads one sample's NaN over the batch
         valid = _has_finite_inputs(batch, valid)
     restore(model, buffers)
-    hopeless = not valid.any() or bool(valid.all() and not is_finite(forward).all())
-    if not anywhere(hopeless):
-        rest = {k: v[valid] if isinstance(v, Tensor) and v.shape[:1] == (size,) else v for k, v in batch.items()}
-        second = again(rest)
+    found = anywhere(not bool(valid.all()))  # a loss over all processes carries one's NaN to the others
+    if not anywhere(not bool(valid.any()) or not found):
+        second = again(rows_of(batch, valid, size))
         if not anywhere(not bool(is_finite(second).all())):
             return second, forward, valid
         restore(model, buffers)
-    if anywhere is not bool:
+    if indispensable:
         raise FloatingPointError(
             "every process must have samples with finite losses when parameters are sharded, got a batch without. "
             "Lower the learning rate if training diverged; otherwise look for broken inputs."

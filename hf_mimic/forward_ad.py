@@ -83,7 +83,7 @@ class Dual(Tensor):
         call = (func, primals, primal_kwargs, _map_tensors(tangent_of, args), _map_tensors(tangent_of, given))
         if _is_inplace(func, name, args, given):
             return _run_inplace(args[0], call, scopes[0])
-        state = _rng_state(primals) if name in RANDOM else None
+        state = rng_state(primals) if name in RANDOM else None
         with primal_context(func, primals, primal_kwargs):
             out = func(*primals, **primal_kwargs)
         if not _has_floating(out):
@@ -111,8 +111,18 @@ def strip(tree: Any) -> Any:
     return tree_map(primal_of, tree)
 
 
+def with_tangent(x: Tensor, tangent: Tensor | None, scope: Pass | None) -> Tensor:
+    """Return `x` carrying `tangent` in the pass `scope` (of `dual_parameters`, or `pass_of` another tensor)."""
+    return x if tangent is None or scope is None else _make(x, tangent, scope)
+
+
+def pass_of(x: Any) -> Pass | None:
+    """Return the pass in which `x` carries a tangent."""
+    return x._pass if isinstance(x, Dual) else None
+
+
 @contextmanager
-def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
+def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[Pass]:
     """Within the context the named parameters of `model` carry tangents; afterwards the model is as before.
 
     Args:
@@ -123,7 +133,7 @@ def dual_parameters(model: nn.Module, tangents: Mapping[str, Tensor | Callable[[
     scope = Pass()
     try:
         with swapped(places(model, tangents), tangents, scope):
-            yield
+            yield scope
     finally:
         scope.close()
 
@@ -231,7 +241,7 @@ def _run_inplace(target: Tensor, call: tuple, scope: Pass) -> Any:
 
     on_clone.__name__ = getattr(func, "__name__", "an in-place function")
     old = tangents[0]
-    with torch.no_grad(), _replay(_rng_state(primals)):
+    with torch.no_grad(), _replay(rng_state(primals)):
         clone = primals[0].detach().clone()
         start = torch.zeros_like(clone) if old is None else old.clone()
         new = reevaluate(on_clone, (clone, *primals[1:]), kwargs, (start, *tangents[1:]), tangent_kwargs)
@@ -258,7 +268,8 @@ def _become_dual(target: Tensor, tangent: Tensor, scope: Pass) -> None:
     scope.duals.append(weakref.ref(dual))
 
 
-def _rng_state(primals: tuple) -> tuple[Any, Tensor] | None:
+def rng_state(primals: Iterable[Any]) -> tuple[Any, Tensor]:
+    """Return the random generator of the first tensor's device (its module) and its state."""
     device = next((x.device for x in primals if isinstance(x, Tensor)), torch.device("cpu"))
     module = torch if device.type == "cpu" else torch.get_device_module(device)
     return module, module.get_rng_state()

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PerSampleLoss = Callable[[Any, Mapping[str, Any]], Tensor]
+COUNTED = "rows_that_count"  # in a batch, booleans (B,): false for a repeated row, which must be no one's negative
+_NOT_FOR_THE_MODEL = ("labels", "return_loss", COUNTED)
 
 
 def cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
@@ -30,7 +32,7 @@ def cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smoothing: fl
         Losses (B,).
     """
     return F.cross_entropy(
-        _logits(outputs, "logits"), _labels(batch), reduction="none", label_smoothing=label_smoothing
+        _features(outputs, "logits"), _labels(batch), reduction="none", label_smoothing=label_smoothing
     )
 
 
@@ -45,7 +47,7 @@ def binary_cross_entropy(outputs: Any, batch: Mapping[str, Any], *, label_smooth
     Returns:
         Losses (B,).
     """
-    logits = _logits(outputs, "logits")
+    logits = _features(outputs, "logits")
     labels = _labels(batch).to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
@@ -63,7 +65,7 @@ def clip_contrastive(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     References:
         CLIP, arXiv 2103.00020, figure 3.
     """
-    logits = _logits(outputs, "logits_per_image")
+    logits = _features(outputs, "logits_per_image")
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs, reduction="none") + F.cross_entropy(logits.T, pairs, reduction="none")) / 2
 
@@ -83,7 +85,7 @@ def siglip_sigmoid(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     References:
         SigLIP, arXiv 2303.15343, equation 1.
     """
-    logits = _logits(outputs, "logits_per_image")
+    logits = _features(outputs, "logits_per_image")
     sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
     terms = -F.logsigmoid(sign * logits)
     return (terms.sum(0) + terms.sum(1)) / 2
@@ -99,8 +101,7 @@ def loss_for_model(model: nn.Module, label_smoothing: float = 0.0) -> PerSampleL
     Raises:
         ValueError: For regression heads and other losses that are not known here.
     """
-    # The model's own, not a layer's: Swin v2 has a `logit_scale` in every attention.
-    own = {re.sub(r"^((base_model\.model|module|_orig_mod)\.)+", "", name) for name, _ in model.named_parameters()}
+    own = own_parameters(model)
     if "logit_bias" in own:
         return siglip_sigmoid
     if "logit_scale" in own:
@@ -120,17 +121,49 @@ def loss_for_model(model: nn.Module, label_smoothing: float = 0.0) -> PerSampleL
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the model is called with: without labels, so that it computes no loss of its own."""
-    return {key: value for key, value in batch.items() if key not in ("labels", "return_loss")}
+    return {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL}
 
 
-def _logits(outputs: Any, name: str) -> Tensor:
-    logits = getattr(outputs, name, None)
-    if logits is None:
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by name, without the prefixes of wrappers.
+
+    `logit_scale` is then the model's own, not a layer's: Swin v2 has one in every attention.
+    """
+    prefixes = re.compile(r"^((base_model\.model|module|_orig_mod)\.)+")
+    return {prefixes.sub("", name): parameter for name, parameter in model.named_parameters()}
+
+
+def embeddings(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Return the image and text features (B, D) of an image-text model, float32 at least.
+
+    Raises:
+        ValueError: If the outputs have none.
+    """
+    return _features(outputs, "image_embeds"), _features(outputs, "text_embeds")
+
+
+def clip_score(outputs: Any) -> Tensor:
+    """Return CLIPScore of each pair (B,): max(100 cos(image, text), 0), without graph.
+
+    Args:
+        outputs: Have `image_embeds` and `text_embeds` (B, D).
+
+    References:
+        CLIPScore, arXiv 2104.08718; with this scale in DISSect, arXiv 2507.12998.
+    """
+    image, text = (features.detach() for features in embeddings(outputs))
+    return (100 * F.cosine_similarity(image, text)).clamp_min(0)
+
+
+def _features(outputs: Any, name: str) -> Tensor:
+    """Return one of the outputs, float32 at least."""
+    found = getattr(outputs, name, None)
+    if found is None:
         raise ValueError(
             f"this loss needs the model's outputs to have `{name}`, got {type(outputs).__name__}. "
             "Pass your own as `loss_fn`: a callable (outputs, batch) -> (B,)."
         )
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:

@@ -135,7 +135,7 @@ def direction_norm(direction: Mapping[str, Tensor]) -> Tensor:
 def mimic_forward(
     model: nn.Module,
     batch: Mapping[str, Any],
-    direction: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor] | None,
     loss_fn: PerSampleLoss,
     *,
     base: nn.Module | None = None,
@@ -145,7 +145,7 @@ def mimic_forward(
     Args:
         model: In the mode and under the autocast and grad settings of the caller.
         batch: What the model takes, labels included; B samples.
-        direction: Parameter name to v, from `reference_direction`.
+        direction: Parameter name to v, from `reference_direction`; None to run without scoring (scores are 0).
         loss_fn: (outputs, batch) -> (B,).
         base: The model inside `model`, if that is a wrapper (DistributedDataParallel); the direction names its
             parameters.
@@ -156,10 +156,8 @@ def mimic_forward(
         NotImplementedError: If a function behind the chosen parameters has no forward-mode derivative.
     """
     base = base or model
-    named = dict(base.named_parameters(remove_duplicate=False))
-    norm = _checked_norm(direction, named)
-    tangents = {name: partial(_cast, direction, name, named[name].dtype) for name in direction}
-    duals = dual_shards(base, direction) if units(base) else dual_parameters(base, tangents)
+    norm, tangents = tangents_of(base, direction)
+    duals = dual_shards(base, direction or {}) if units(base) else dual_parameters(base, tangents)
     grad = torch.is_grad_enabled()
     # NOTE: forward-mode AD drops every tangent under inference_mode, without a word.
     with torch.inference_mode(False), torch.set_grad_enabled(grad), duals:
@@ -171,15 +169,47 @@ def mimic_forward(
             f"`loss_fn` must return one loss per sample, shape (B,), got shape {tuple(losses.shape)}. "
             'Use reduction="none".'
         )
+    return MimicForward(losses, scores_from(tangent, direction, norm, losses), outputs, norm)
+
+
+def tangents_of(model: nn.Module, direction: Mapping[str, Tensor] | None) -> tuple[Tensor, dict[str, Any]]:
+    """Return ||v||, 0-d, and what makes the tangent of every chosen parameter, in its dtype.
+
+    Raises:
+        ValueError: If the direction does not fit the model.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if direction is None:
+        return torch.zeros((), device=next(iter(named.values())).device), {}
+    norm = _checked_norm(direction, named)
+    return norm, {name: partial(_cast, direction, name, named[name].dtype) for name in direction}
+
+
+def scores_from(
+    tangent: Tensor | None, direction: Mapping[str, Tensor] | None, norm: Tensor, losses: Tensor
+) -> Tensor:
+    """Return m = -tangent / ||v|| (B,), float32 at least; 0 without a direction.
+
+    Args:
+        tangent: Of the losses (B,); None if no chosen parameter influences them.
+        direction: Parameter name to v; None if nothing is scored.
+        norm: ||v||, 0-d.
+        losses: (B,).
+
+    Raises:
+        ValueError: If no chosen parameter influences the losses.
+    """
+    wide = torch.promote_types(losses.dtype, torch.float32)
+    if direction is None:
+        return torch.zeros_like(losses, dtype=wide)
     if tangent is None:
         raise ValueError(
             f"no chosen parameter influences the losses: {', '.join(list(direction)[:3])}... Choose `mimic_layers` "
             "on the path to the loss; a loss computed in a custom kernel or under torch.compile loses the tangent."
         )
-    wide = torch.promote_types(tangent.dtype, torch.float32)
     norm = norm.to(wide)
-    scores = torch.where(norm > 0, -tangent.to(wide) / norm, torch.zeros((), dtype=wide, device=norm.device))
-    return MimicForward(losses, scores.detach(), outputs, norm)
+    zero = torch.zeros((), dtype=wide, device=norm.device)
+    return torch.where(norm > 0, -tangent.to(wide) / norm, zero).detach()
 
 
 def _cast(direction: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

@@ -88,8 +88,19 @@ class EpochEnd:
             left_over = self._loader.remainder
             if left_over <= 0:
                 return None
-        position = self.accelerator.process_index * size + torch.arange(size, device=self.accelerator.device)
-        return position < left_over
+        return self._position(size) < left_over
+
+    def counted_in_evaluation(self, size: int) -> Tensor | None:
+        """Return which rows of a batch of another loader are no repetition (b,), or None if all; b on every process."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return self._position(size) < state.remainder
+
+    def _position(self, size: int) -> Tensor:
+        """Return where the rows of this process stand among those of all (b,)."""
+        accelerator = self.accelerator
+        return accelerator.process_index * size + torch.arange(size, device=accelerator.device)
 
     def _by_id(self, ids: Tensor) -> Tensor:
         size, gathered = len(ids), self.accelerator.gather(ids)

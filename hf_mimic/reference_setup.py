@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
+from hf_mimic.contrastive import couples
+from hf_mimic.data import MappedLoader
 from hf_mimic.heads import head_cosine, init_head
 from hf_mimic.health import likely_cause
 from hf_mimic.layers import WORDS
-from hf_mimic.losses import clip_contrastive, cross_entropy, siglip_sigmoid
+from hf_mimic.losses import COUNTED, cross_entropy
+from hf_mimic.micro_batch import batch_size
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import ReferenceScores, runnable_tensors, score_reference
@@ -160,7 +163,7 @@ class ReferenceSetup:
     def _run(self, tensors: Mapping[str, Tensor]) -> ReferenceScores:
         trainer, args = self.trainer, self.args
         # A loss that couples samples depends on how many there are; others may take as many as fit.
-        size = args.train_batch_size if self._couples() else max(args.train_batch_size, args.eval_batch_size)
+        size = args.train_batch_size if couples(trainer.loss_fn) else max(args.train_batch_size, args.eval_batch_size)
         drops, args.dataloader_drop_last = args.dataloader_drop_last, False
         try:
             loader = trainer._get_dataloader(
@@ -171,7 +174,7 @@ class ReferenceSetup:
         scores = score_reference(
             trainer.model,
             tensors,
-            loader,
+            MappedLoader(loader, self._told),
             trainer.loss_fn,
             sample_id_column=args.sample_id_column,
             gather=gather_object if args.world_size > 1 else None,
@@ -183,8 +186,10 @@ class ReferenceSetup:
             )
         return scores
 
-    def _couples(self) -> bool:
-        return getattr(self.trainer.loss_fn, "func", self.trainer.loss_fn) in (clip_contrastive, siglip_sigmoid)
+    def _told(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with a word to the loss on repeated rows, if it is over the pairs of all processes."""
+        counted = self.trainer.epoch_end.counted_in_evaluation(batch_size(batch))
+        return batch if counted is None else {**batch, COUNTED: counted}
 
     def explain(self, report: Mapping[str, float]) -> str:
         """Say what is likely wrong with an unhealthy score."""

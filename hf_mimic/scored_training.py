@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_mimic.cached_negatives import CachedStep
 from hf_mimic.engine import rescale
 from hf_mimic.finite import finite_forward, no_gradient, without_trace
-from hf_mimic.health import Health, HealthWatch
+from hf_mimic.losses import COUNTED
+from hf_mimic.micro_batch import MicroBatch, batch_size
 from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
-from hf_mimic.selection import STRATEGIES, USE_THE_SCORE, BatchSignals, scaled_part
 from hf_mimic.self_check import check_gradient, gradient_along
 from hf_mimic.step_log import StepLog
-from hf_mimic.temperature import temperature_of
+from hf_mimic.weighing import Weighing
 from hf_mimic.weights import Weighed
 
-_LOOK_EVERY = 10  # optimizer steps between two looks at the health: each waits for the device
 _PATIENCE = 10  # optimizer steps in a row without one finite sample, after which training has diverged
 
 
@@ -36,34 +36,16 @@ class ScoredTraining:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
-        self.strategy: str = trainer.strategy
-        self.temperature = temperature_of(self.strategy)
-        self.log, self.health = StepLog(), Health()
-        self._automatic = self.args.tau == "auto"
-        self._leaves_out = self.strategy in USE_THE_SCORE and (self._automatic or self.args.on_unhealthy == "uniform")
-        self.watch = HealthWatch(self.args.on_unhealthy, trainer.reference.explain, left_out=self._leaves_out)
+        self.weighing, self.log = Weighing(trainer.strategy, trainer), StepLog()
+        self._cached: CachedStep | None = None
+        if self.args.cache_negatives:
+            self._cached = CachedStep(trainer.model, trainer.direction, trainer.loss_fn)
         self._micro_batches: list[Mapping[str, Any]] = []
         self._taken = self._barren_steps = self._steps = 0
         self._barren: bool
         self._nonfinite: Any
         self._norm: Any
         self._new_step()
-
-    def state(self) -> dict[str, Any]:
-        """Return the running temperature and the health for a checkpoint; empty before the first step."""
-        variance, shape = self.temperature.variance, self.temperature.shape
-        known = variance is not None and shape is not None
-        temperature = {"variance": float(variance), "shape": float(shape)} if known else {}  # type: ignore[arg-type]
-        return {"strategy": self.strategy, "temperature": temperature, "health": self.health.state()}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on with the health of a checkpoint, and with its temperature if that was of the same strategy."""
-        parameter = next(self.trainer.model.parameters())
-        like = torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-        same = self._automatic and state.get("strategy", "mimic") == self.strategy
-        for name, value in state.get("temperature", {}).items() if same else ():
-            setattr(self.temperature, name, like.new_tensor(value))
-        self.health.resume(state.get("health", {}), like)
 
     def begin(self, micro_batches: list[Mapping[str, Any]]) -> None:
         """Take note of the micro-batches that follow."""
@@ -77,15 +59,22 @@ class ScoredTraining:
             batch: B samples, without ids.
             ids: Sample ids (B,).
         """
-        if self._needs_temperature():
+        number, self._taken = self._taken, self._taken + 1
+        if self._cached is not None:
+            if not number:
+                self._begin_cached(self._cached, self._micro_batches or [{**batch, self.args.sample_id_column: ids}])
+            loss = self._cached.loss(model, number)
+            return no_gradient(self.engine.parameters) if loss is None else loss, None
+        if self.weighing.needs_start():
             self._measure(self._micro_batches or [batch])
-        left = max(len(self._micro_batches) - self._taken, 1)
-        self._taken += 1
-        forward, first, valid = self._forward(model, batch)
-        visit, losses = self._visit(ids, forward or first, valid)
-        self._norm, self._barren = first.norm, self._barren and forward is None
-        self._nonfinite = self._nonfinite + (~valid).sum()
-        options: dict[str, Any] = {"left": left, "gather": self.engine.gather if self.engine.averages(model) else None}
+        part = self._part(batch, ids, last=self._taken >= len(self._micro_batches))
+        forward, first, valid = self._forward(model, part)
+        visit, losses = self._visit(part, forward or first, valid)
+        self._note(first.norm, valid, barren=forward is None)
+        left = max(len(self._micro_batches) - number, 1)
+        # Where another process's loss reaches this one's gradient, both must stand on the same scale at any time.
+        gather = self.engine.gather if self.engine.averages(model) or self._shares else None
+        options: dict[str, Any] = {"left": left, "gather": gather}
         weights, factor = self._step.add(visit, **options)
         if self._plain_step is None:
             rescale(self.engine.parameters, factor)
@@ -97,6 +86,22 @@ class ScoredTraining:
             finds_unused = getattr(model, "find_unused_parameters", False)
             loss = no_gradient(self.engine.parameters, first.losses if finds_unused else None)
         return loss, None if forward is None else forward.outputs
+
+    def _begin_cached(self, cached: CachedStep, micro_batches: list[Mapping[str, Any]]) -> None:
+        """Find losses, scores and weights of the whole step, before the first of its micro-batches is differentiated."""
+        numbered = enumerate(map(self.trainer._prepare_inputs, micro_batches), 1)
+        parts = [self._part(*self._split(batch), last=number == len(micro_batches)) for number, batch in numbered]
+        forward, together, finite = cached.forward(parts)
+        if self.weighing.needs_start():
+            self.weighing.start(self._parts(together.rows(finite), forward))
+        visit, losses = self._visit(together, forward, finite)
+        self._note(forward.norm, finite, barren=not len(losses))
+        weights, _ = self._step.add(visit, left=1, gather=self.engine.gather)
+        cached.differentiate((weights.to(losses.dtype) * losses).sum())
+
+    def _note(self, norm: Tensor, valid: Tensor, *, barren: bool) -> None:
+        self._norm, self._barren = norm, self._barren and barren
+        self._nonfinite = self._nonfinite + (~valid).sum()
 
     def finish(self) -> Tensor:
         """Check, record and log the optimizer step whose gradient is complete; return its weighted loss, 0-d."""
@@ -110,13 +115,7 @@ class ScoredTraining:
             self._check(share)
         if self.args.record_scores:
             self._record()
-        if self.args.weight_scope == "global" and self._automatic:
-            sums = groups[0][0]
-            size = sums.effective_sample_size / sums.count
-            if self._leaves_out:  # then the weights say nothing about the temperature
-                size = torch.where(self.health.unhealthy.to(size.device), torch.nan, size)
-            self.temperature.update(sums.signal_variance, size, sums.count, self._believed(sums.count))
-        self._look_after(groups)
+        self.weighing.update(groups, self._steps)
         self.log.add(groups, self._norm, self._nonfinite)
         # All processes see the same only where weights are shared: they must end together.
         shared = self.args.weight_scope == "global" or self.engine.processes == 1
@@ -131,21 +130,6 @@ class ScoredTraining:
         self._new_step()
         return torch.as_tensor(share["weighted_loss"]).float()
 
-    def health_report(self) -> dict[str, float]:
-        """Return what the log says about the score's health."""
-        apart = self.args.weight_scope == "device" and self.engine.processes > 1
-        return self.health.report(self.engine.gather if apart else None)
-
-    def _look_after(self, groups: list) -> None:
-        self.health.update(groups)
-        if self._steps % _LOOK_EVERY == _LOOK_EVERY - 1:
-            self.look()
-
-    def look(self) -> None:
-        """Warn or raise, by `on_unhealthy`, if the weights use a score that is unhealthy."""
-        if self.strategy in USE_THE_SCORE:
-            self.watch.look(self.health_report())
-
     # ---- one micro-batch -------------------------------------------------------------------------------------------
 
     def _new_step(self) -> None:
@@ -155,56 +139,54 @@ class ScoredTraining:
         self._plain_step = OptimizerStep(scope, processes, weighted=False) if only_mimic_layers else None
         self._nonfinite, self._barren = 0, True
 
-    def _forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[MimicForward | None, MimicForward, Tensor]:
-        base, engine = self.trainer.model, self.engine
-        run = partial(engine.forward, base=base, direction=self.trainer.direction(), loss_fn=self.trainer.loss_fn)
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        column = self.args.sample_id_column
+        return {name: value for name, value in inputs.items() if name != column}, inputs.get(column)
+
+    def _part(self, batch: Mapping[str, Any], ids: Tensor | None, *, last: bool) -> MicroBatch:
+        return MicroBatch(batch, ids, self.trainer.epoch_end.kept(batch_size(batch), ids, last=last))
+
+    def _forward(self, model: nn.Module, part: MicroBatch) -> tuple[MimicForward | None, MimicForward, Tensor]:
+        base, engine, loss_fn = self.trainer.model, self.engine, self.trainer.loss_fn
+        run = partial(engine.forward, base=base, direction=self.trainer.direction(), loss_fn=loss_fn)
+        part, shares = self._told(part), self._shares
+
+        def again(rest: Mapping[str, Any]) -> MimicForward:
+            # A second pass through DistributedDataParallel would speak to processes that do not make one.
+            told = MicroBatch(rest).telling().inputs if shares and COUNTED not in rest else rest
+            return run(model if engine.sharded else base, told)
+
         return finite_forward(
             base,
-            batch,
+            part.inputs,
             partial(run, model),
-            # A second pass through DistributedDataParallel would speak to processes that do not make one.
-            partial(run, model if engine.sharded else base),
-            anywhere=engine.anywhere if engine.sharded else bool,
+            again,
+            anywhere=engine.anywhere if engine.sharded or shares else bool,
+            indispensable=engine.sharded,
         )
 
-    def _visit(self, ids: Tensor | None, forward: MimicForward, valid: Tensor) -> tuple[Visit, Tensor]:
+    @property
+    def _shares(self) -> bool:
+        """Whether the samples of all processes are in each other's losses."""
+        return getattr(self.trainer.loss_fn, "processes", 1) > 1
+
+    def _told(self, part: MicroBatch) -> MicroBatch:
+        """Return the micro-batch with a word to the loss on which rows count, if not all do on all processes."""
+        return part.telling() if self._shares and (part.counted is not None or not self.engine.even) else part
+
+    def _visit(self, part: MicroBatch, forward: MimicForward, valid: Tensor) -> tuple[Visit, Tensor]:
         """Return the micro-batch as weights see it, and the losses (b,) of its scored samples, with graph."""
-        last = self._taken >= len(self._micro_batches)
-        kept = self.trainer.epoch_end.kept(len(valid), ids, last=last)
-        losses, scores = forward.losses, forward.scores
+        kept, losses, scores = part.counted, forward.losses, forward.scores
         if not valid.any():  # nothing but their kind matters: it must be that of the other processes
-            losses, scores = losses[:0].detach(), scores[:0]
+            losses, scores = losses[:0].detach() if len(losses) else losses, scores[:0]
         elif kept is not None:
             losses, scores = losses[kept[valid]], scores[kept[valid]]
-        everything = torch.ones_like(valid) if kept is None else kept
-        scored = valid & everything
-        signals = self._signals(losses.detach().to(scores.dtype), scores, ids, scored)
-        part = scaled_part(self.strategy, signals)
-        samples = Weighed(self._logits(signals), signals.losses, scores, part, signals.ref_trust)
-        return Visit(self.trainer.current_pass, ids, everything, scored, samples, signals.ref_losses), losses
-
-    def _signals(self, losses: Tensor, scores: Tensor, ids: Tensor | None, scored: Tensor) -> BatchSignals:
-        """Join what the reference says of the scored ones among the samples `ids` (B,)."""
-        reference = self.trainer.reference_scores
-        if reference is None or ids is None:
-            return BatchSignals(losses, scores)
-        found = (values.to(scores) for values in reference.lookup(ids[scored] if len(losses) else ids[:0]))
-        return BatchSignals(losses, scores, *found)
-
-    def _logits(self, signals: BatchSignals) -> Tensor:
-        tau: Any = self.args.tau
-        if self._automatic:
-            temperature = self.temperature
-            if self.args.weight_scope == "device":
-                temperature = temperature_of(self.strategy)
-                temperature.start(scaled_part(self.strategy, signals))
-            tau = temperature.value(self._believed(signals.mimic_scores))
-        if self._leaves_out:
-            tau = torch.where(self.health.unhealthy.to(signals.losses.device), torch.inf, tau)
-        return STRATEGIES[self.strategy](signals, temperature=tau)
-
-    def _believed(self, like: Tensor) -> Tensor:
-        return self.health.believed(self.temperature.evidence, like)
+        scored = valid & part.everything
+        ids = None if part.ids is None else part.ids[scored] if len(losses) else part.ids[:0]
+        signals = self.weighing.signals(losses, scores, ids)
+        shared = self.weighing.scaled_part(signals)
+        samples = Weighed(self.weighing.logits(signals), signals.losses, scores, shared, signals.ref_trust)
+        return Visit(self.trainer.current_pass, part.ids, part.everything, scored, samples, signals.ref_losses), losses
 
     def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
@@ -224,27 +206,22 @@ class ScoredTraining:
 
     # ---- one optimizer step ----------------------------------------------------------------------------------------
 
-    def _needs_temperature(self) -> bool:
-        """Return whether the first step cannot do without its own scores: a belief of 0 needs no temperature."""
-        automatic = self._automatic and self.args.weight_scope == "global" and self.strategy != "uniform"
-        return automatic and self.temperature.variance is None and self.temperature.evidence is None
-
     def _measure(self, micro_batches: list[Mapping[str, Any]]) -> None:
         """Set the temperature of the first step from its own scores, before any of its gradients: one extra forward."""
-        trainer, column = self.trainer, self.args.sample_id_column
-        found = []
+        trainer, found = self.trainer, []
         with without_trace(trainer.model):
             for number, inputs in enumerate(micro_batches, 1):
-                batch: Any = trainer._prepare_inputs(dict(inputs))
-                ids = batch.pop(column, None)
-                forward = mimic_forward(trainer.model, batch, trainer.direction(), trainer.loss_fn)
-                scores, losses = forward.scores, forward.losses.to(forward.scores.dtype)
-                kept = trainer.epoch_end.kept(len(scores), ids, last=number == len(micro_batches))
-                signals = self._signals(losses, scores, ids, torch.ones_like(scores, dtype=torch.bool))
-                parts = scaled_part(self.strategy, signals)
-                found.append(parts if kept is None else parts[kept])
-        every = self.engine.gather_unequal(torch.cat(found))
-        self.temperature.start(every[every.isfinite()])
+                batch, ids = self._split(trainer._prepare_inputs(dict(inputs)))
+                part = self._part(batch, ids, last=number == len(micro_batches))
+                told = self._told(part).inputs
+                forward = mimic_forward(trainer.model, told, trainer.direction(), trainer.loss_fn)
+                found.append(self._parts(part, forward))
+        self.weighing.start(torch.cat(found))
+
+    def _parts(self, part: MicroBatch, forward: MimicForward) -> Tensor:
+        """Return what the temperature divides, of the rows that count."""
+        signals = self.weighing.signals(forward.losses, forward.scores, part.ids)
+        return self.weighing.scaled_part(signals)[part.everything]
 
     def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator

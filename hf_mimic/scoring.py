@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
+from hf_mimic.data import SAMPLE_ID, MappedLoader, SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.losses import PerSampleLoss, loss_for_model
 from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
 from hf_mimic.reference import Reference
@@ -76,7 +77,7 @@ def score_dataset(
     table, judged = ScoreTable(), None
     if reference is not None:
         tensors = runnable_tensors(model, reference)
-        batches = _Moved(loader, device)
+        batches = MappedLoader(loader, partial(_to, device=device))
         judged = score_reference(model, tensors, batches, loss_fn, sample_id_column=sample_id_column)
     with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):
@@ -87,19 +88,6 @@ def score_dataset(
                 values |= dict(zip(("ref_loss", "ref_trust"), judged.lookup(ids), strict=True))
             table.record(ids, epoch=0, step=step, **values)
     return table
-
-
-class _Moved:
-    """A loader whose batches are moved to a device; it has its length for the progress bar."""
-
-    def __init__(self, loader: torch.utils.data.DataLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (_to(batch, self.device) for batch in self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
 
 def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

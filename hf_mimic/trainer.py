@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_mimic.arguments import MimicTrainingArguments
+from hf_mimic.contrastive import NOT_FEATURES, clamp_scale, contrastive_loss, couples
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.engine import Engine, check_engine
-from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
+from hf_mimic.losses import COUNTED, PerSampleLoss, loss_for_model, model_inputs
+from hf_mimic.micro_batch import batch_size
 from hf_mimic.padding import EpochEnd
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import ReferenceScores
@@ -91,7 +93,7 @@ class MimicTrainer(ResumingTrainer):
         self.data_collator = SampleIdCollator(self.data_collator, args.sample_id_column)
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
-        self.loss_fn = loss_fn or loss_for_model(self.model, smoothing)
+        self.loss_fn = loss_fn or contrastive_loss(loss_for_model(self.model, smoothing), self.model, self)
         self.reference = ReferenceSetup(self, reference)
         self.reference_scores: ReferenceScores | None = None
         self.reference.init_head()
@@ -117,10 +119,17 @@ class MimicTrainer(ResumingTrainer):
         """Return sum_i w_i l_i in training, the plain mean in evaluation."""
         batch = {key: value for key, value in inputs.items() if key != self.args.sample_id_column}
         if not model.training:
-            outputs = model(**model_inputs(batch))
-            loss = self.loss_fn(outputs, batch).mean()
-            return (loss, outputs) if return_outputs else loss
+            return self._evaluation_loss(model, batch, return_outputs)
         loss, outputs = self.training.loss(model, batch, inputs.get(self.args.sample_id_column))
+        return (loss, outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model: nn.Module, batch: dict[str, Any], return_outputs: bool) -> Any:
+        outputs = model(**model_inputs({k: v for k, v in batch.items() if k == "labels" or k not in self.label_names}))
+        counted = self.epoch_end.counted_in_evaluation(batch_size(batch))
+        if counted is None:
+            loss = self.loss_fn(outputs, batch).mean()
+        else:  # of a process that has repeated rows only, the Trainer leaves the loss out
+            loss = self.loss_fn(outputs, {**batch, COUNTED: counted})[counted].mean()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,7 +151,7 @@ class MimicTrainer(ResumingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to the training logs."""
         if "loss" in logs and "learning_rate" in logs:  # the Trainer's own: all processes are here
-            logs |= self.training.log.pop(self.engine.gather) | self.training.health_report()
+            logs |= self.training.log.pop(self.engine.gather) | self.training.weighing.report()
         super().log(logs, start_time)
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -154,8 +163,10 @@ class MimicTrainer(ResumingTrainer):
         return loader
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate without the sample id, which models do not take."""
+        """Evaluate without the sample id, which models do not take; an image-text model predicts its features."""
         inputs = {key: value for key, value in inputs.items() if key != self.args.sample_id_column}
+        if couples(self.loss_fn):
+            kwargs["ignore_keys"] = [*(kwargs.pop("ignore_keys", None) or ()), *NOT_FEATURES]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +201,7 @@ class MimicTrainer(ResumingTrainer):
 
     def run_state(self) -> dict[str, Any]:
         """Return the running temperature, the health, and how many rows of scores must be there."""
-        return {**self.training.state(), "score_rows": self.scores.count_stored()}
+        return {**self.training.weighing.state(), "score_rows": self.scores.count_stored()}
 
     def before_save(self, folder: str) -> None:
         """Write the scores up to the checkpoint, and where direction="start" started."""
@@ -217,7 +228,7 @@ class MimicTrainer(ResumingTrainer):
         self.reference_scores = self.reference.scores(self.strategy, resumed=bool(step))
         self.training = ScoredTraining(self)
         if step:
-            self.training.resume(self._saved)
+            self.training.weighing.resume(self._saved)
             self.reference.resume_direction(self.resumed_from)
         self.scores.forget()
         if self.args.process_index == 0:
@@ -253,10 +264,13 @@ class _ScoreCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_run()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        clamp_scale(self.trainer.loss_fn, self.trainer.model, args.max_logit_scale)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.scores.flush(args.process_index)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.training.look()
+        self.trainer.training.weighing.look()
         self.trainer.scores.flush(args.process_index)
         self.trainer.accelerator.wait_for_everyone()  # from here on every process reads the rows of all

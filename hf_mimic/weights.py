@@ -136,7 +136,8 @@ class OnlineSoftmax:
 
         Args:
             samples: Of this micro-batch; b may be 0.
-            gather: (k,) -> (P, k), if gradients are averaged over processes after this micro-batch; so on all.
+            gather: (k,) -> (P, k), if gradients are averaged over processes after this micro-batch, or if processes are in
+                each other's losses; so on all.
 
         Returns:
             Weights (b,) for the losses of this micro-batch; a 0-d factor, None if nothing is accumulated yet.

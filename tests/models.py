@@ -19,6 +19,8 @@ _BLOCKS = {**_ATTENTION, "intermediate_size": 64}
 _IMAGE = {"image_size": 16, "patch_size": 8}
 _TEXT = {**_BLOCKS, "vocab_size": 50, "max_position_embeddings": 16}
 
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
 
 def vit(**config: Any) -> nn.Module:
     return tf.ViTForImageClassification(tf.ViTConfig(**{**_BLOCKS, **_IMAGE, "num_labels": LABELS, **config}))
@@ -76,6 +78,24 @@ def blip(**config: Any) -> nn.Module:
     return tf.BlipModel(tf.BlipConfig(**{**shape, "projection_dim": 16, **config}))
 
 
+def siglip2(**config: Any) -> nn.Module:
+    text = {**_TEXT, "bos_token_id": 0, "eos_token_id": 1}
+    shape = {"text_config": text, "vision_config": {**_BLOCKS, "patch_size": 8, "num_patches": 4}}
+    return tf.Siglip2Model(tf.Siglip2Config(**{**shape, **config}))
+
+
+def chinese_clip(**config: Any) -> nn.Module:
+    text = {**_TEXT, **_NO_DROPOUT}
+    shape = {"text_config": text, "vision_config": {**_BLOCKS, **_IMAGE}, "projection_dim": 16}
+    return tf.ChineseCLIPModel(tf.ChineseCLIPConfig(**{**shape, **config}))
+
+
+def altclip(**config: Any) -> nn.Module:
+    text = {**_TEXT, "project_dim": 16, "pad_token_id": 0, **_NO_DROPOUT}
+    shape = {"text_config": text, "vision_config": {**_BLOCKS, **_IMAGE}, "projection_dim": 16}
+    return tf.AltCLIPModel(tf.AltCLIPConfig(**{**shape, **config}))
+
+
 class Classifier(nn.Module):
     """Any module from pixels to logits, with the interface of a Hugging Face classifier."""
 
@@ -87,9 +107,10 @@ class Classifier(nn.Module):
         return ImageClassifierOutput(logits=self.body(pixel_values))
 
 
-FAMILIES: dict[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (vit, dinov2, resnet, swinv2, bert, clip, clip_classifier, siglip, siglip_classifier, blip)
-}
+_CLASSIFIERS = (vit, dinov2, resnet, swinv2, bert, clip_classifier, siglip_classifier)
+_IMAGE_TEXT = (clip, siglip, blip, siglip2, chinese_clip, altclip)
+FAMILIES: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (*_CLASSIFIERS, *_IMAGE_TEXT)}
+IMAGE_TEXT = [f.__name__ for f in _IMAGE_TEXT]
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> nn.Module:
@@ -128,7 +149,11 @@ def make_batch(
         return {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels}
     if family == "blip":
         tokens[::2, 5:] = 0  # padding that is attended to
-    if family in ("clip", "siglip", "blip"):
+    if family == "siglip2":  # patches of images that may have any shape
+        patches = {"pixel_values": pixels.unfold(2, 8, 8).unfold(3, 8, 8).reshape(size, 4, 192), "input_ids": tokens}
+        shapes = {"pixel_attention_mask": torch.ones(size, 4).long(), "spatial_shapes": torch.tensor([[2, 2]] * size)}
+        return {**patches, **shapes}
+    if family in IMAGE_TEXT:
         return {"pixel_values": pixels, "input_ids": tokens}
     return {"pixel_values": pixels, "labels": labels}
 

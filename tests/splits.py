@@ -21,7 +21,7 @@ from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.trainer import MimicTrainer
 
 # name: (processes, batch size, accumulated micro-batches); each step has 16 rows
-SPLITS = {"16": (1, 16, 1), "4x4": (1, 4, 4), "2p8": (2, 8, 1), "2p4x2": (2, 4, 2)}
+SPLITS = {"16": (1, 16, 1), "4x4": (1, 4, 4), "8x2": (1, 8, 2), "2p8": (2, 8, 1), "2p4x2": (2, 4, 2)}
 ROWS = 22  # the second step has 6: a short tail, or a padded one
 FAMILIES = ("vit", "clip_classifier", "siglip_classifier", "resnet", "swinv2", "multi_label")
 
@@ -89,6 +89,7 @@ def train(
     broken: Sequence[int] = (),
     shards: int = 0,
     scaler: bool = False,
+    repeated: bool = False,
     trainer_class: type = MimicTrainer,
     **options: Any,
 ) -> tf.Trainer:
@@ -103,11 +104,14 @@ def train(
         broken: Rows with a NaN.
         shards: Of a stream of the rows; 0 for no stream.
         scaler: Scale the loss as float16 training does.
+        repeated: Every third caption is the same.
         trainer_class: In place of `MimicTrainer`.
         **options: Of the training arguments.
     """
     AcceleratorState._reset_state()
     model, batch = make(family, torch.float64 if double else torch.float32, broken)
+    if repeated:
+        batch["input_ids"][::3] = batch["input_ids"][0].clone()
     _, size, steps = SPLITS[split]
     options = {
         **QUIET,

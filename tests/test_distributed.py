@@ -48,6 +48,16 @@ TRUSTED = {  # the reference's pass over the data, in two processes
     "trust dispatch": {"accelerator_config": {"dispatch_batches": True}},
     "trust auto": {"temperature": "auto"},
 }
+IMAGE_TEXT = ("clip", "siglip", "blip")
+PAIRS = {  # options of image-text models, and those of the run on one process with the same gradient
+    "no unused": {"ddp_find_unused_parameters": False},
+    "all layers": {"mimic_layers": "all"},
+    "text layers": {"mimic_layers": ["text_model"]},
+    "equal captions": {"multi_positive": True, "repeated": True},
+    "one broken": {"broken": [9]},
+    "broken on both": {"broken": [0, 9, 10]},
+    "small loss": {"strategy": "small_loss", "temperature": "auto"},
+}
 BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}
 
 
@@ -56,8 +66,22 @@ def jobs_of_splits():
         for split in ("2p8", "2p4x2"):
             yield f"{family} {split}", {"family": family, "split": split, **EXACT}
         yield f"{family} stock", {"family": family, "split": "2p8", "plain": True}
-    for family in ("clip", "siglip", "lora"):
-        yield f"{family} 2p4x2", {"family": family, "split": "2p4x2", **EXACT}
+    yield "lora 2p4x2", {"family": "lora", "split": "2p4x2", **EXACT}
+    for family in ("clip", "siglip"):
+        yield f"{family} local", {"family": family, "split": "2p4x2", "gather_negatives": False, **EXACT}
+    for family in IMAGE_TEXT:
+        for split in ("2p8", "2p4x2"):
+            yield f"{family} {split}", {"family": family, "split": split, **EXACT}
+        yield f"{family} cached", {"family": family, "split": "2p4x2", "cache_negatives": True, **EXACT}
+    uneven = {"split": "2p4x2", "accelerator_config": {"even_batches": False}}
+    yield "uneven pairs", {"family": "clip", **uneven, **EXACT}
+    yield "uneven cached pairs", {"family": "clip", "cache_negatives": True, **uneven, **EXACT}
+    yield "clip float", {"family": "clip", "split": "2p4x2", "cache_negatives": True}
+    yield "clip not gathered", {"family": "clip", "split": "2p8", "gather_negatives": False, **EXACT}
+    for name, options in PAIRS.items():
+        yield f"pairs {name}", {"family": "clip", "split": "2p8", **EXACT, **options}
+        cached = {"split": "2p4x2", "cache_negatives": True}
+        yield f"cached {name}", {"family": "clip", **cached, **EXACT, **options}
 
 
 def jobs_of_options():
@@ -175,10 +199,50 @@ def test_the_stock_trainer_fails_this(results, alone, family):
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_contrastive_micro_batches_are_the_same_on_two_processes(results, alone, family):
+def test_negatives_of_the_same_process(results, alone, family):
     """2 processes x 2 x 4 pairs have the micro-batches of 4 x 4 pairs."""
     whole = alone(family, "4x4", **EXACT)[0]
-    assert difference(results[f"{family} 2p4x2", 0]["gradients"][0], whole) < 1e-9
+    assert difference(results[f"{family} local", 0]["gradients"][0], whole) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("family", IMAGE_TEXT)
+def test_gathered_pairs_are_one_batch(results, alone, family, rank):
+    """2 x 8 pairs == 1 x 16; 2 x 4 accumulated twice == 8 accumulated twice, and == 1 x 16 if cached; padded tails too."""
+    assert_same(results[f"{family} 2p8", rank], alone(family, **EXACT))
+    assert_same(results[f"{family} cached", rank], alone(family, **EXACT))
+    halves = results[f"{family} 2p4x2", rank]["gradients"]
+    assert difference(halves[0], alone(family, "8x2", **EXACT)[0]) < 1e-9
+    assert difference(halves[0], alone(family, **EXACT)[0]) > 1e-2
+
+
+def test_gathered_pairs_in_float32(results, alone):
+    assert_same(results["clip float", 0], alone("clip"), tolerance=1e-6)
+
+
+def test_negatives_that_are_not_gathered_are_others(results, alone):
+    """What the stock Trainer does."""
+    assert difference(results["clip not gathered", 0]["gradients"][0], alone("clip", **EXACT)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("how", ["pairs", "cached"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_options_of_gathered_pairs(results, alone, name, how):
+    kept = {k: v for k, v in PAIRS[name].items() if k != "ddp_find_unused_parameters"}
+    for rank in (0, 1):
+        assert_same(results[f"{how} {name}", rank], alone("clip", **{**EXACT, **kept}))
+
+
+def test_batches_of_unequal_sizes(results, alone):
+    assert_same(results["uneven pairs", 0], alone("clip", "8x2", **EXACT))
+    assert_same(results["uneven cached pairs", 1], alone("clip", **EXACT))
+
+
+@pytest.mark.parametrize("name", ["clip 2p8", "clip cached"])
+def test_scores_of_gathered_pairs(results, tmp_path, name):
+    ours, theirs = results[name, 0]["rows"], train("clip", "16", tmp_path, **EXACT).scores.to_arrow().to_pydict()
+    for column in ("sample_id", "step", "loss", "mimic_score", "relative_weight"):
+        assert ours[column] == pytest.approx(theirs[column], rel=1e-5, abs=1e-7), column
 
 
 def test_adapters(results, alone):

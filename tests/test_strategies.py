@@ -139,7 +139,7 @@ def test_a_resumed_run_sees_the_same_reference_scores(vit, judge, tmp_path):
     again = prepare(models.make("vit", seed=5), tmp_path, rows=rows, reference=reference, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert same_weights(whole.model, again.model)
-    assert again.training.state() == whole.training.state()
+    assert again.training.weighing.state() == whole.training.weighing.state()
 
 
 @pytest.mark.parametrize("scope", ["global", "device"])
@@ -388,4 +388,4 @@ def test_a_good_score_is_let_be(judge, tmp_path):
         warnings.simplefilter("error")
         options = {"strategy": "trust", "num_train_epochs": 16, "per_device_train_batch_size": 24}
         trainer = fit(base, tmp_path, rows=rows, reference=reference, **options)
-    assert trainer.training.health_report()["unhealthy"] == 0.0
+    assert trainer.training.weighing.report()["unhealthy"] == 0.0

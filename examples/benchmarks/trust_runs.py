@@ -124,7 +124,7 @@ def _with_origin(zoo: Zoo, method: str, folder: Path, options: dict) -> dict[str
 
 def _result(trainer: Any, setting: Setting) -> dict[str, float]:
     wrong, table = wrong_labels(setting), trainer.scores.aggregate()
-    result = {"accuracy": accuracy(trainer.model, setting.test), **trainer.training.health_report()}
+    result = {"accuracy": accuracy(trainer.model, setting.test), **trainer.training.weighing.report()}
     for name in ("trust", "mimic_score", "loss", "ref_loss"):
         values = table[name].to_numpy().astype(float)
         if np.isfinite(values).all():
