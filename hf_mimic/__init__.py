@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hf_mimic.arguments import MimicTrainingArguments
     from hf_mimic.filters import ThresholdFilter, TrustFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
+    from hf_mimic.samplers import DISSectBatchSampler
     from hf_mimic.scores import ScoreTable, attach_scores
     from hf_mimic.scoring import score_dataset
     from hf_mimic.trainer import MimicTrainer
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives: importing one costs what it needs, importing the package almost nothing.
 _HOMES = {
+    "DISSectBatchSampler": "samplers",
     "MimicTrainer": "trainer",
     "MimicTrainingArguments": "arguments",
     "ScoreTable": "scores",
@@ -29,6 +31,7 @@ _HOMES = {
 _MODULES = ("data", "losses", "metrics", "selection")
 
 __all__ = [
+    "DISSectBatchSampler",
     "MimicTrainer",
     "MimicTrainingArguments",
     "ScoreTable",

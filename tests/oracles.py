@@ -1,14 +1,17 @@
 """Slow and obviously right: what every fast path is compared with.
 
-`scores_by_loop` is one backward per sample; `plain_step` is training without hf_mimic.
+`scores_by_loop` is one backward per sample; `plain_step` is training without hf_mimic; `DissectByHand` goes from sample
+to sample with a dict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -160,3 +163,62 @@ def through_duals(function, primals, tangents):
 def tensors(*names, shape=(4, 6), seed=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name in names}
+
+
+def tie_key_by_hand(sample_id: int, seed: int, epoch: int) -> int:
+    """Return the seeded hash of an id, by Python's integers."""
+
+    def mixed(x: int) -> int:
+        x %= 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    key = mixed(sample_id + mixed(mixed(seed * 0x9E3779B97F4A7C15) + epoch))
+    return key - 2**64 if key >= 2**63 else key
+
+
+class DissectByHand:
+    """DISSect's rule with a dict, one sample after the other.
+
+    Args:
+        rate: As text, such as "0.7".
+        variant: "warmup" or "momentum".
+        start: What an id without a history is compared with, as in the official code; None for the batch's median.
+        **options: As `DISSect`'s.
+    """
+
+    def __init__(self, rate: str, variant: str, *, start: float | None = None, **options: Any) -> None:
+        self.rate, self.variant, self.start = Fraction(rate), variant, start
+        self.options = {"momentum": 0.9, "warmup_epochs": 1, "warmup_data": "full", "seed": 0} | options
+        self.history: dict[int, np.float32] = {}
+
+    def warming_up(self, epoch: int) -> bool:
+        return self.variant == "warmup" and epoch < self.options["warmup_epochs"]
+
+    def choose(self, ids: list[int], scores: np.ndarray, epoch: int) -> list[int]:
+        """Return positions."""
+        everyone = range(len(ids))
+        if self.warming_up(epoch) and self.options["warmup_data"] == "full":
+            return list(everyone)
+        deltas: list[Any] = []
+        for sample, score in zip(ids, scores, strict=True):
+            before = None if self.warming_up(epoch) else self.history.get(sample, self.start)
+            known = before is not None
+            deltas.append(-np.inf if not np.isfinite(score) else np.float32(before) - score if known else None)
+        seen = [delta for delta in deltas if delta is not None and np.isfinite(delta)]
+        median = np.median(np.array(seen, np.float32)) if seen else 0.0
+        deltas = [median if delta is None else delta for delta in deltas]
+        keys = [tie_key_by_hand(sample, self.options["seed"], epoch) for sample in ids]
+        best = sorted(everyone, key=lambda i: (-deltas[i], keys[i]))
+        return sorted(best[: max(1, int(len(ids) * self.rate))])
+
+    def update(self, ids: list[int], scores: np.ndarray, epoch: int) -> None:
+        beta = self.options["momentum"]
+        for sample, score in zip(ids, scores, strict=True):
+            if not np.isfinite(score):
+                continue
+            if sample not in self.history or self.warming_up(epoch):
+                self.history[sample] = score
+            elif self.variant == "momentum":
+                self.history[sample] = np.float32(beta) * self.history[sample] + np.float32(1 - beta) * score

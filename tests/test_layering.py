@@ -33,6 +33,10 @@ ARROWS: dict[str, set[str]] = {
     "filters": {"scores", "trust"},
     "scoring": {"data", "losses", "mimic", "reference", "reference_pass", "scores"},
     "arguments": {"checks", "heads", "mimic", "selection"},
+    # which samples to train on
+    "history": {"checks"},
+    "dissect": {"checks", "history"},
+    "samplers": {"checks", "dissect"},
     # one optimizer step
     "weights": set(),
     "optimizer_step": {"weights"},
