@@ -82,7 +82,7 @@ def _told(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    listed = "\n".join(f"  {name:<8}{inspect.getdoc(run)}" for name, (run, _) in COMMANDS.items())
+    listed = "\n".join(f"  {name:<10}{inspect.getdoc(run)}" for name, (run, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="hf-mimic",
         description=f"commands:\n{listed}\n\n`hf-mimic COMMAND --help` lists a command's flags.",

@@ -95,3 +95,38 @@ class FilterArguments:
     min_score: float | None = None
     drop_unscored: bool = False
     keep_all: bool = False
+
+
+@dataclass
+class EvaluateArguments:
+    """An image-text model, and the data set to measure it on.
+
+    Args:
+        model: Hub repo id or folder of an image and text model, with its tokenizer and image processor.
+        dataset: Hub data set, folder (images, Parquet, save_to_disk) or data file.
+        split: Split of the data set; a single data file has only one, and it is taken.
+        image_column: Column with the images.
+        text_column: Column with the captions: strings, or a list of strings for each image. By default "text", which
+            may be missing if there is a label_column.
+        image_id_column: Rows with the same value here are captions of one image, that of the first of them; by default
+            every row has an image of its own.
+        label_column: Column with class names (ClassLabel or strings): also measure zero shot classification.
+        templates: Sentences that describe a class, with {} in place of its name.
+        batch_size: Images, and texts, per forward pass.
+        num_workers: Processes that decode images.
+        on_error: What to do with an image that does not decode: "raise" names its row, "skip" drops and counts it.
+        output: JSON file to write the results to.
+    """
+
+    model: str
+    dataset: str
+    split: str = "test"
+    image_column: str = "image"
+    text_column: str | None = None
+    image_id_column: str | None = None
+    label_column: str | None = None
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    batch_size: int = 64
+    num_workers: int = 0
+    on_error: str = "raise"
+    output: str | None = None

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_mimic.command_arguments import DataArguments, DemoArguments, FilterArguments, ScoreArguments
+from hf_mimic.command_arguments import (
+    DataArguments,
+    DemoArguments,
+    EvaluateArguments,
+    FilterArguments,
+    ScoreArguments,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -196,6 +202,13 @@ def _check_output(options: FilterArguments) -> None:
         raise ValueError(f"--output must not overwrite the data set, got {options.output}. Choose another place.")
 
 
+def evaluate(options: EvaluateArguments) -> str:
+    """Measure how an image-text model retrieves and classifies."""
+    from hf_mimic.evaluation import evaluate_image_text, readable
+
+    return _table(readable(evaluate_image_text(options)))
+
+
 # ---- shared by the commands ----------------------------------------------------------------------------------------
 
 
@@ -256,4 +269,5 @@ COMMANDS: dict[str, tuple[Callable[..., str], Callable[[], list[Any]]]] = {
     "train": (train, _training_arguments),
     "score": (score, lambda: [DataArguments, ScoreArguments]),
     "filter": (filter_rows, lambda: [FilterArguments]),
+    "evaluate": (evaluate, lambda: [EvaluateArguments]),
 }

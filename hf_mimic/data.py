@@ -129,15 +129,17 @@ class SampleIdCollator:
 
 
 def drop_unreadable(dataset: Dataset, column: str) -> tuple[Dataset, list[int]]:
-    """Decode every image once; return the data set without the rows that do not, and those rows."""
+    """Decode every image once; return the data set without the rows that do not or have none, and those rows."""
     from tqdm.auto import tqdm
 
     bad = []
     plain = dataset.with_format(None).select_columns([column])
     for row in tqdm(range(len(plain)), desc="decoding images", leave=False):
         try:
-            plain[row]
+            missing = plain[row][column] is None
         except _UNREADABLE:
+            missing = True
+        if missing:
             bad.append(row)
     if not bad:
         return dataset, bad

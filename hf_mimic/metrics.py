@@ -1,10 +1,18 @@
-"""Metrics: accuracy for the Trainer, and how well scores find the samples known to be wrong."""
+"""Metrics: accuracy for the Trainer, how well scores find the samples known to be wrong, and those of image-text models.
+
+The latter live in retrieval.py (recall, zero-shot accuracy) and embeddings.py (what stands for a class).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+
+from hf_mimic.embeddings import class_embeddings
+from hf_mimic.retrieval import recall, retrieval, zero_shot_accuracy
+
+__all__ = ["accuracy", "class_embeddings", "detection", "recall", "retrieval", "zero_shot_accuracy"]
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

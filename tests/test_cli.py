@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from hf_mimic.cli import main
+from hf_mimic.command_arguments import EvaluateArguments
 from hf_mimic.commands import COMMANDS, DataArguments, FilterArguments, ScoreArguments
 from hf_mimic.data import load_rows, with_image_transform
 from hf_mimic.scores import ScoreTable
@@ -314,7 +315,7 @@ def test_no_argument_prints_the_commands(capsys):
     assert error.value.code == 0
     printed = capsys.readouterr().out
     for name, (run, _) in COMMANDS.items():
-        assert f"{name:<8}{run.__doc__}" in printed
+        assert f"{name:<10}{run.__doc__}" in printed
 
 
 def test_failures_are_1(home, tmp_path, capsys):
@@ -427,6 +428,6 @@ def test_help_describes_every_flag_of_ours(command, capsys):
 
 
 def test_every_field_is_documented():
-    for kind in (DataArguments, ScoreArguments, FilterArguments):
+    for kind in (DataArguments, ScoreArguments, FilterArguments, EvaluateArguments):
         for field in dataclasses.fields(kind):
             assert f"        {field.name}: " in kind.__doc__

@@ -206,6 +206,13 @@ def test_drop_unreadable_finds_exactly_the_corrupt_rows():
     assert none == []
 
 
+def test_a_row_without_an_image_is_unreadable():
+    rows = images(4)
+    data = [None if i == 2 else {"bytes": png(i), "path": None} for i in range(4)]
+    rows = Dataset.from_dict({"image": data, "label": [0] * 4}, features=rows.features)
+    assert drop_unreadable(rows, "image")[1] == [2]
+
+
 def test_an_image_of_forged_size_is_unreadable():
     rows = images(3)
     forged = bytearray(png())
