@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from hf_mimic.checks import check_choice
 from hf_mimic.heads import HEAD_INITS
 from hf_mimic.mimic import DIRECTIONS
-from hf_mimic.selection import STRATEGIES
+from hf_mimic.selection import NEED_A_REFERENCE, ONLY_SELECT, STRATEGIES
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "direction": DIRECTIONS,
@@ -22,6 +22,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "strategy": ("auto", *STRATEGIES),
     "head_init": HEAD_INITS,
     "on_unhealthy": ("warn", "uniform", "raise"),
+    "refresh": ("step", "epoch"),
+    "variant": ("warmup", "momentum"),
+    "warmup_data": ("full", "selected"),
 }
 
 
@@ -46,7 +49,19 @@ class MimicTrainingArguments(TrainingArguments):
         strategy: How samples get weights: "trust" (the probability that the label is right, by the reference's
             predictions and the mimic score; runs the reference once over the data), "mimic" (the paper's;
             the reference is only read), "ref_loss", "rho_loss" (both run the reference), "small_loss", "uniform" (train
-            plainly and only record), or "auto": "trust" where the reference can judge labels, otherwise "mimic".
+            plainly and only record), or "auto": "trust" where the reference can judge labels, otherwise "mimic". Those
+            that only choose: "random", "big_loss", "clip_score", "dissect", "dissect_mimic" (which also weighs what it
+            chose), "scan", "info_batch", "ref_clip_score" and "ref_clip_loss" (a coreset, once). No reference is needed
+            for "uniform", "small_loss" and those that only choose, but for the last two and "dissect_mimic".
+        selection_rate: Share of each batch to train on, the best by the strategy, with equal weights; by default 0.5 for the
+            strategies that only choose and 1 for the others.
+        refresh: When DISSect and "random" choose: "step" (in the step, from the scores of the present model, as in the
+            paper) or "epoch" (before loading, from scores of earlier epochs, so that the rest costs nothing).
+        variant: Of DISSect: "warmup" (history is the score at the end of the warm-up) or "momentum" (a moving average).
+        momentum: Of the moving average.
+        warmup_epochs: Of variant="warmup".
+        warmup_data: What to train on meanwhile: "full" batches or a random share "selected".
+        rescore_share: Of the data set, scored again before each epoch with refresh="epoch".
         head_init: The head to start with: "keep" the model's, "zero", or the "reference"'s. Heads that were initialised
             apart turn the mimic score around in full fine-tuning.
         on_unhealthy: What happens when the mimic score says nothing or has turned around: "warn", "uniform" (warn, and
@@ -74,6 +89,13 @@ class MimicTrainingArguments(TrainingArguments):
     direction: str = field(default="current")
     temperature: str = field(default="auto")
     strategy: str = field(default="auto")
+    selection_rate: float | None = field(default=None)
+    refresh: str = field(default="step")
+    variant: str = field(default="warmup")
+    momentum: float = field(default=0.9)
+    warmup_epochs: int = field(default=1)
+    warmup_data: str = field(default="full")
+    rescore_share: float = field(default=0.1)
     head_init: str = field(default="keep")
     on_unhealthy: str = field(default="warn")
     reweight: str = field(default="all")
@@ -93,6 +115,12 @@ class MimicTrainingArguments(TrainingArguments):
             self.mimic_layers = [self.mimic_layers]
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
+        if self.selection_rate is None:
+            self.selection_rate = 0.5 if self.strategy in ONLY_SELECT else 1.0
+        if not 0 < self.selection_rate <= 1:
+            raise ValueError(
+                f"`selection_rate` must be in (0, 1], got {self.selection_rate}. Use 1.0 to train on every sample."
+            )
         self._check_temperature()
         self._check_smoothing()
         self._check_engine()
@@ -107,6 +135,21 @@ class MimicTrainingArguments(TrainingArguments):
     def tau(self) -> float | str:
         """The temperature as a number, or "auto"."""
         return self.temperature if self.temperature == "auto" else float(self.temperature)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some samples are not trained on."""
+        return self.rate < 1
+
+    @property
+    def rate(self) -> float:
+        """The selection rate as a number."""
+        return 1.0 if self.selection_rate is None else self.selection_rate
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the strategy can do nothing without a reference."""
+        return self.strategy in NEED_A_REFERENCE
 
     @property
     def scores_dir(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class CachedStep:
             {"finite": finite},
             joined(part.ids for part in self.parts),
             torch.cat([part.everything for part in self.parts]),
+            _columns(self.parts),
         )
         tangent = joined(features.tangent for features in self._features)
         self._leaf = torch.cat([features.primal for features in self._features]).requires_grad_()
@@ -76,7 +78,8 @@ class CachedStep:
             captions = self._captions[finite] if self.loss_fn.multi_positive else None
             found = self.loss_fn.losses(image, text, captions=captions, counted=together.everything[finite])
             losses, slope = primal_of(found), tangent_of(found)
-        return MimicForward(losses, scores_from(slope, direction, norm, losses), None, norm), together, finite
+        outputs = SimpleNamespace(image_embeds=self._leaf.detach()[:, 0], text_embeds=self._leaf.detach()[:, 1])
+        return MimicForward(losses, scores_from(slope, direction, norm, losses), outputs, norm), together, finite
 
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradient of the step's loss (0-d) at the features and at the parameters of the loss itself."""
@@ -126,3 +129,8 @@ class CachedStep:
     @property
     def _captions(self) -> Tensor:
         return torch.cat([caption_hashes(part.inputs) for part in self.parts])
+
+
+def _columns(parts: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    known = [part.columns or {} for part in parts]
+    return {name: torch.cat([columns[name] for columns in known]) for name in known[0]}

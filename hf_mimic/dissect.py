@@ -128,19 +128,20 @@ class DISSect:
         )
         self.epoch = epoch
 
-    def choose(self, ids: Tensor, scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def choose(self, ids: Tensor, scores: Tensor, *, valid: Tensor | None = None, least: int = 1) -> Tensor:
         """Return the positions to train on, ascending (k,); the history stays as it is, `update` comes after.
 
         Args:
             ids: Sample ids (B,).
             scores: Current scores (B,), CLIPScore for instance; one that is not finite comes last.
             valid: False for rows that only pad the batch (B,): they come after all others.
+            least: How many to keep at least: a pair alone in a contrastive loss has no negative.
         """
         ids, scores = _checked(ids, scores)
         delta = self.history.lookup(ids)["history"] - scores
-        return self.choose_by(ids, delta.masked_fill(~scores.isfinite(), -torch.inf), valid=valid)
+        return self.choose_by(ids, delta.masked_fill(~scores.isfinite(), -torch.inf), valid=valid, least=least)
 
-    def choose_by(self, ids: Tensor, deltas: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def choose_by(self, ids: Tensor, deltas: Tensor, *, valid: Tensor | None = None, least: int = 1) -> Tensor:
         """Return the positions to train on, ascending (k,), by deltas (B,) that are known already; NaN where not."""
         if self.warming_up and self.warmup_data == "full":
             return torch.arange(len(ids), device=ids.device)
@@ -151,7 +152,7 @@ class DISSect:
         median = (known.nanmedian() - (-known).nanmedian()) / 2  # torch's is the lower of the two in the middle
         deltas = torch.where(deltas.isnan(), median.nan_to_num(0.0), deltas).masked_fill(~valid, torch.nan)
         keys = tie_keys(ids, seed=self.seed, epoch=self.epoch)
-        return top(deltas, keys, keep_count(len(ids), self.selection_rate))
+        return top(deltas, keys, max(least, keep_count(len(ids), self.selection_rate)))
 
     def update(self, ids: Tensor, scores: Tensor, *, time: float | None = None) -> None:
         """Take note of the scores of all candidates, chosen or not; on several processes of those of all processes.

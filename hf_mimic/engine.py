@@ -107,6 +107,21 @@ class Engine:
             return values
         return self.accelerator.gather(self.accelerator.pad_across_processes(values, pad_index=float("nan")))
 
+    def gather_columns(self, ids: Tensor, values: Tensor, *, even: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Return ids and values (n,) of all processes as (N,); a row that only fills up has the value NaN.
+
+        Args:
+            ids: Integers.
+            values: Floating-point numbers.
+            even: Whether n is the same on all; by default whether their batches are.
+        """
+        if self.processes == 1:
+            return ids, values
+        if not (self.even if even is None else even):
+            ids = self.accelerator.pad_across_processes(ids)
+            values = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
+        return self.accelerator.gather(ids), self.accelerator.gather(values)
+
     def anywhere(self, found: bool) -> bool:
         """Return whether something was found on any of the processes that must run their modules in step."""
         flag = torch.tensor([float(found)], device=self.accelerator.device)

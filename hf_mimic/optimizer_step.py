@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from hf_mimic.weights import Gather, OnlineSoftmax, StepSums, Weighed
 class Visit:
     """The samples of one micro-batch; `kept` (B,) marks those that are no repetition, `valid` (B,) the scored ones.
 
-    `samples` and `ref_losses` have one value per scored sample (b,), without graph.
+    `samples` and `ref_losses` have one value per scored sample (b,), without graph; `more` are further columns (B,).
+    `unscored` is for runs without a reference: no mimic score is written.
     """
 
     epoch: int
@@ -27,6 +28,8 @@ class Visit:
     valid: Tensor
     samples: Weighed
     ref_losses: Tensor | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    unscored: bool = False
 
     def values(self, softmax: OnlineSoftmax) -> dict[str, Tensor]:
         """Return the columns of the score table for the kept samples; not a number where a value is not known."""
@@ -43,7 +46,9 @@ class Visit:
             column = value.new_full(self.valid.shape, missing, dtype=torch.float32)
             column[self.valid] = value.float()
             filled[name] = column[self.kept]
-        return filled
+        if self.unscored:
+            del filled["mimic_score"]
+        return filled | {name: column[self.kept] for name, column in self.more.items()}
 
 
 class OptimizerStep:

@@ -1,10 +1,13 @@
-"""Padded rows: to give every process batches of one size, accelerate repeats samples at the end of an epoch.
+"""Padded rows: to give every process batches of one size, samples are repeated at the end of an epoch.
 
-Read `EpochEnd`: it finds the repeated rows, so that they get no weight and no row in the score table.
+Read `EpochEnd`: it finds the repeated rows, so that they get no weight and no row in the score table. `EvenBatches` repeats
+them where accelerate cannot: for a sampler whose batches change their size from epoch to epoch.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ class EpochEnd:
         self.accelerator = accelerator
         self._left_over: int | None = None  # in the last batch of all processes; 0 if it is full
         self._loader: Any = None
+        self._even: Any = None
         self._ended = True  # before the first pass as after every other
         self._single = False  # whether the pass has one batch only
         self._first_ids: Tensor | None = None
@@ -41,7 +45,10 @@ class EpochEnd:
         """Take note of the training loader, before a resumed run skips a part of it."""
         self._left_over, self._first_ids, self._ended = None, None, True
         batches = loader.batch_sampler
-        if isinstance(loader.dataset, IterableDataset) or not getattr(batches, "batch_size", None):
+        self._even = getattr(batches, "batch_sampler", batches)
+        if isinstance(self._even, EvenBatches) or isinstance(loader.dataset, IterableDataset):
+            return
+        if not getattr(batches, "batch_size", None):
             return
         if getattr(batches, "num_processes", self.accelerator.num_processes) != self.accelerator.num_processes:
             self._left_over = 0  # batches that the Trainer balances over processes itself
@@ -79,7 +86,7 @@ class EpochEnd:
         """
         if self.accelerator.num_processes == 1 or self._loader is None:
             return None
-        left_over = self._left_over
+        left_over = self._even.left_over if isinstance(self._even, EvenBatches) else self._left_over
         if not (last and self._ended) or left_over == 0:
             return None
         if left_over is None and ids is not None and isinstance(self._loader.dataset, IterableDatasetShard):
@@ -119,3 +126,40 @@ def _batch_size(loader: Any, accelerator: Accelerator) -> int:
     if accelerator.split_batches:
         return sampler.batch_size
     return sampler.batch_size * accelerator.num_processes
+
+
+class EvenBatches:
+    """The batches of a sampler for one of P processes: as many for each, P at a time of one size.
+
+    The last ones, of which there are too few or one is smaller, are put together and shared out again; their last rows
+    repeat the first ones of the epoch.
+
+    Args:
+        batch_sampler: The same on every process; the batches of an epoch have one size, but for the last.
+        processes: P.
+        rank: Of this process.
+    """
+
+    def __init__(self, batch_sampler: Any, processes: int, rank: int) -> None:
+        self.batch_sampler, self.processes, self.rank = batch_sampler, processes, rank
+        self.drop_last, self.batch_size = batch_sampler.drop_last, None
+        self.left_over = 0  # rows of the last batches of all processes that are no repetition; 0 if all are
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.batch_sampler), self.processes)
+        return full + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.left_over = 0
+        first: list[int] = []
+        batches = iter(self.batch_sampler)
+        while turn := list(itertools.islice(batches, self.processes)):
+            rows = [index for batch in turn for index in batch]
+            first = first or rows
+            if len(turn) == self.processes and len({len(batch) for batch in turn}) == 1:
+                yield turn[self.rank]
+            elif not self.drop_last:
+                size = -(-len(rows) // self.processes)
+                self.left_over = len(rows) % (size * self.processes)
+                padded = itertools.chain(rows, itertools.cycle(first))
+                yield list(itertools.islice(padded, self.rank * size, (self.rank + 1) * size))

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from hf_mimic.files import write_atomically
 from hf_mimic.finite import without_trace
-from hf_mimic.losses import PerSampleLoss, model_inputs
+from hf_mimic.losses import PerSampleLoss, clip_score, model_inputs
 from hf_mimic.mimic import eval_mode
 from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
 
+_COLUMNS = ["sample_id", "ref_loss", "ref_trust", "ref_clip_score"]
 _PARTS = ("vision_config", "text_config")
 _SHAPE = ("model_type", "num_hidden_layers", "depths", "num_attention_heads", "patch_size", "hidden_act")
 
@@ -101,21 +102,30 @@ def as_reference(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn
 
 
 class ReferenceScores:
-    """What the reference says of N samples: its loss `ref_loss` and P(the label is right) `ref_trust`, float32.
+    """What the reference says of N samples, float32: its loss, P(the label is right), CLIPScore of a pair.
 
     Args:
         ids: Sample ids (N,), any order; a repeated one counts once.
         losses: (N,); NaN where it is not finite.
         trust: (N,); NaN where it is not known.
+        clip_scores: (N,); None where samples are no pairs.
         noise_rate: Estimated share of wrong labels; None without a trust.
     """
 
     def __init__(
-        self, ids: np.ndarray, losses: np.ndarray, trust: np.ndarray, *, noise_rate: float | None = None
+        self,
+        ids: np.ndarray,
+        losses: np.ndarray,
+        trust: np.ndarray,
+        *,
+        clip_scores: np.ndarray | None = None,
+        noise_rate: float | None = None,
     ) -> None:
         self.ids, first = np.unique(ids, return_index=True)
         self.losses = np.where(np.isfinite(losses), losses, np.nan)[first].astype(np.float32)
         self.trust = trust[first].astype(np.float32)
+        clip_scores = np.full(len(ids), np.nan) if clip_scores is None else clip_scores
+        self.clip_scores = clip_scores[first].astype(np.float32)
         self.noise_rate = noise_rate
         self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -130,9 +140,9 @@ class ReferenceScores:
         return torch.where(there, losses[place], torch.nan), torch.where(there, trust[place], torch.nan)
 
     def save(self, path: str | Path, *, fingerprint: str = "") -> None:
-        """Write `sample_id`, `ref_loss` and `ref_trust` as Parquet, whole or not at all; see `load`."""
-        columns = [pa.array(self.ids)] + [pa.array(c, mask=np.isnan(c)) for c in (self.losses, self.trust)]
-        table = pa.table(columns, names=["sample_id", "ref_loss", "ref_trust"])
+        """Write the columns as Parquet, whole or not at all; see `load`."""
+        known = (self.losses, self.trust, self.clip_scores)
+        table = pa.table([pa.array(self.ids)] + [pa.array(c, mask=np.isnan(c)) for c in known], names=_COLUMNS)
         table = table.replace_schema_metadata({"fingerprint": fingerprint})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda file: pq.write_table(table, file, compression="zstd"))
@@ -146,8 +156,10 @@ class ReferenceScores:
             return None
         if (table.schema.metadata or {}).get(b"fingerprint") != fingerprint.encode():
             return None
-        ids, losses, trust = (table[n].to_numpy() for n in ("sample_id", "ref_loss", "ref_trust"))
-        return cls(ids, losses.astype(float), trust.astype(float))
+        if table.column_names != _COLUMNS:
+            return None
+        ids, losses, trust, clip_scores = (table[name].to_numpy() for name in _COLUMNS)
+        return cls(ids, losses.astype(float), trust.astype(float), clip_scores=clip_scores.astype(float))
 
 
 def score_reference(
@@ -176,13 +188,15 @@ def score_reference(
     """
     from tqdm.auto import tqdm
 
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "losses", "log_probs", "labels")}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "losses", "clip_scores", "log_probs", "labels")}
     with as_reference(model, tensors):
         for given in tqdm(batches, desc="running the reference", unit="batch", disable=not progress):
             batch = dict(given)
             found["ids"].append(batch.pop(sample_id_column).cpu().numpy())
             outputs = model(**model_inputs(batch))
             found["losses"].append(loss_fn(outputs, batch).float().cpu().numpy())
+            if hasattr(outputs, "image_embeds"):
+                found["clip_scores"].append(clip_score(outputs).cpu().numpy())
             logits: Any = getattr(outputs, "logits", None)
             labels: Any = batch.get("labels")
             if _classifies(logits, labels):
@@ -218,12 +232,12 @@ def _classifies(logits: Any, labels: Any) -> bool:
     )
 
 
-def _judged(ids: Any, losses: Any, log_probs: Any, labels: Any) -> ReferenceScores:
+def _judged(ids: Any, losses: Any, clip_scores: Any, log_probs: Any, labels: Any) -> ReferenceScores:
     from hf_mimic.trust import LabelNoiseModel, agrees_beyond_chance
 
     trust = np.full(len(ids), np.nan)
     if log_probs is None or len(log_probs) != len(ids):
-        return ReferenceScores(ids, losses, trust)
+        return ReferenceScores(ids, losses, trust, clip_scores=clip_scores)
     labelled = (labels >= 0) & (labels < log_probs.shape[1]) & np.isfinite(log_probs).all(1)
     _, first = np.unique(ids, return_index=True)  # a padded row must not count twice
     once = np.intersect1d(first, np.flatnonzero(labelled))

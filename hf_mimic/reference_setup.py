@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
@@ -38,16 +38,26 @@ SCORES_NAME = "reference_scores.parquet"
 logger = logging.getLogger(__name__)
 
 
+class NoDirection:
+    """The direction of a run without a reference: there is none, and no score."""
+
+    parameters: ClassVar[dict[str, Tensor]] = {}
+
+    def __call__(self) -> None:
+        """Return None."""
+
+
 class ReferenceSetup:
     """The reference of one trainer.
 
     Args:
         trainer: The `MimicTrainer`.
-        reference: A Hub repo id, a folder, a model or a state dict.
+        reference: A Hub repo id, a folder, a model or a state dict; None for a run that only chooses.
     """
 
-    def __init__(self, trainer: Any, reference: Reference) -> None:
-        self.trainer, self.args, self.reference = trainer, trainer.args, reference
+    def __init__(self, trainer: Any, reference: Reference | None) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.reference: Any = reference
         self.revision = self.args.reference_revision
         self.head_cosine: float | None = None
         self._first_norm: float | None = None
@@ -61,6 +71,8 @@ class ReferenceSetup:
             ValueError: If the model has no classification head to set to zero, or the reference's does not fit.
         """
         how, model = self.args.head_init, self.trainer.model
+        if self.reference is None and how == "reference":
+            raise ValueError('`head_init`="reference" needs a `reference_model`, got none. Use "keep" or "zero".')
         if self.trainer.is_fsdp_enabled:
             if how != "keep":
                 raise ValueError(
@@ -74,6 +86,8 @@ class ReferenceSetup:
 
     def compare_heads(self) -> None:
         """Find out whether the two heads belong together, if the reference's is read anyway."""
+        if self.reference is None:
+            return
         trainer, head = self.trainer, set(WORDS["head"](self.trainer.model))
         if head and (trainer.strategy in RUN_THE_REFERENCE or head <= set(trainer.direction.names)):
             self.head_cosine = head_cosine(trainer.model, self.reference, revision=self.revision)
@@ -81,6 +95,12 @@ class ReferenceSetup:
     def choose_strategy(self) -> str:
         """Return the strategy; for "auto", "trust" where the reference can judge labels, otherwise "mimic"."""
         given = self.args.strategy
+        if self.reference is None and self.args.needs_reference:
+            raise ValueError(
+                f'`reference_model` must be a Hub repo id, a folder, a model or a state dict for strategy="{given}", got '
+                "none. Without one there is nothing to mimic; choose a strategy that needs none (dissect, random, "
+                "small_loss ...), or use the plain Trainer."
+            )
         if given not in ("auto", *RUN_THE_REFERENCE):
             return given
         reason = self._cannot_run(given)
@@ -103,6 +123,8 @@ class ReferenceSetup:
         loss = getattr(trainer.loss_fn, "func", trainer.loss_fn)
         if strategy in ("auto", "trust") and loss is not cross_entropy:
             return f"the loss is not the cross-entropy of class labels; {remedy}" + ', or strategy="ref_loss"'
+        if strategy.startswith("ref_clip") and not trainer.couples:
+            return f"it chooses by CLIPScores of image-text pairs, and these are none; {remedy}"
         if not _has_ids(rows, self.args.sample_id_column):
             return f"the samples have no `{self.args.sample_id_column}`; {remedy}"
         try:
@@ -111,8 +133,10 @@ class ReferenceSetup:
             return f"it cannot be run ({error}); {remedy}"
         return None
 
-    def direction(self, *, warn: bool = True) -> MimicDirection:
-        """Return v, checked."""
+    def direction(self, *, warn: bool = True) -> MimicDirection | NoDirection:
+        """Return v, checked; without a reference, what gives no v."""
+        if self.reference is None:
+            return NoDirection()
         direction = MimicDirection(
             self.trainer.model,
             self.reference,
@@ -180,6 +204,7 @@ class ReferenceSetup:
             gather=gather_object if args.world_size > 1 else None,
             progress=args.process_index == 0 and not args.disable_tqdm,
         )
+        trainer.ledger.add(samples_reference=len(trainer.train_dataset) if args.process_index == 0 else 0)
         if scores.noise_rate is not None:
             logger.info(
                 "by the reference's predictions about %.1f %% of the labels are wrong", 100 * scores.noise_rate
@@ -199,7 +224,7 @@ class ReferenceSetup:
 
     def save_direction(self, folder: str) -> None:
         """Write where direction="start" started."""
-        if self.args.direction != "start":
+        if self.args.direction != "start" or self.reference is None:
             return
         tensors = {name: whole(v).cpu().contiguous() for name, v in self.trainer.direction().items()}
         if self.args.should_save:
@@ -209,7 +234,7 @@ class ReferenceSetup:
     def resume_direction(self, folder: str | None) -> None:
         """Take theta_0 from where the interrupted run started, not from the model that was given now."""
         path = Path(folder or "") / DIRECTION_NAME
-        if self.args.direction != "start":
+        if self.args.direction != "start" or self.reference is None:
             return
         if path.is_file():
             self.trainer.direction.restart(load_file(str(path)))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hf_mimic.cached_negatives import CachedStep
 from hf_mimic.engine import rescale
 from hf_mimic.finite import finite_forward, no_gradient, without_trace
-from hf_mimic.losses import COUNTED
+from hf_mimic.losses import COUNTED, clip_score
 from hf_mimic.micro_batch import MicroBatch, batch_size
 from hf_mimic.mimic import MimicForward, mimic_forward
 from hf_mimic.optimizer_step import OptimizerStep, Visit
+from hf_mimic.selection import weighting
 from hf_mimic.self_check import check_gradient, gradient_along
 from hf_mimic.step_log import StepLog
 from hf_mimic.weighing import Weighing
@@ -36,7 +37,8 @@ class ScoredTraining:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.args, self.engine = trainer, trainer.args, trainer.engine
-        self.weighing, self.log = Weighing(trainer.strategy, trainer), StepLog()
+        self.weighing = Weighing(weighting(trainer.strategy, self.args.rate), trainer)
+        self.log = StepLog(scored=trainer.direction is None or trainer.direction() is not None)
         self._cached: CachedStep | None = None
         if self.args.cache_negatives:
             self._cached = CachedStep(trainer.model, trainer.direction, trainer.loss_fn)
@@ -68,6 +70,7 @@ class ScoredTraining:
         if self.weighing.needs_start():
             self._measure(self._micro_batches or [batch])
         part = self._part(batch, ids, last=self._taken >= len(self._micro_batches))
+        self.trainer.ledger.add(samples_forward=len(part), samples_backward=len(part))
         forward, first, valid = self._forward(model, part)
         visit, losses = self._visit(part, forward or first, valid)
         self._note(first.norm, valid, barren=forward is None)
@@ -92,6 +95,8 @@ class ScoredTraining:
         numbered = enumerate(map(self.trainer._prepare_inputs, micro_batches), 1)
         parts = [self._part(*self._split(batch), last=number == len(micro_batches)) for number, batch in numbered]
         forward, together, finite = cached.forward(parts)
+        count = len(together)
+        self.trainer.ledger.add(samples_scored=count, samples_forward=count, samples_backward=count)
         if self.weighing.needs_start():
             self.weighing.start(self._parts(together.rows(finite), forward))
         visit, losses = self._visit(together, forward, finite)
@@ -113,8 +118,7 @@ class ScoredTraining:
         every = self.args.self_check_steps
         if every >= 0 and (self._steps == 0 or (every and self._steps % every == 0)):
             self._check(share)
-        if self.args.record_scores:
-            self._record()
+        self._record()
         self.weighing.update(groups, self._steps)
         self.log.add(groups, self._norm, self._nonfinite)
         # All processes see the same only where weights are shared: they must end together.
@@ -144,7 +148,9 @@ class ScoredTraining:
         return {name: value for name, value in inputs.items() if name != column}, inputs.get(column)
 
     def _part(self, batch: Mapping[str, Any], ids: Tensor | None, *, last: bool) -> MicroBatch:
-        return MicroBatch(batch, ids, self.trainer.epoch_end.kept(batch_size(batch), ids, last=last))
+        part = MicroBatch(batch, ids, self.trainer.epoch_end.kept(batch_size(batch), ids, last=last))
+        self.trainer.ledger.add(samples_decoded=len(part))
+        return self.trainer.choice.keep(part, self._told)
 
     def _forward(self, model: nn.Module, part: MicroBatch) -> tuple[MimicForward | None, MimicForward, Tensor]:
         base, engine, loss_fn = self.trainer.model, self.engine, self.trainer.loss_fn
@@ -186,7 +192,31 @@ class ScoredTraining:
         signals = self.weighing.signals(losses, scores, ids)
         shared = self.weighing.scaled_part(signals)
         samples = Weighed(self.weighing.logits(signals), signals.losses, scores, shared, signals.ref_trust)
-        return Visit(self.trainer.current_pass, part.ids, part.everything, scored, samples, signals.ref_losses), losses
+        return Visit(
+            self.trainer.current_pass,
+            part.ids,
+            part.everything,
+            scored,
+            samples,
+            signals.ref_losses,
+            self._more(part, forward, valid),
+            unscored=self.trainer.direction() is None,
+        ), losses
+
+    def _more(self, part: MicroBatch, forward: MimicForward, valid: Tensor) -> dict[str, Tensor]:
+        """Return the columns that a selection or an image-text model adds to the score table (B,)."""
+        more = dict(part.columns or {})
+        if (
+            "clip_score" not in more
+            and hasattr(forward.outputs, "image_embeds")
+            and len(forward.losses) == valid.sum()
+        ):
+            scores = clip_score(forward.outputs)
+            more["clip_score"] = scores.new_full(valid.shape, torch.nan)
+            more["clip_score"][valid] = scores
+        if self.trainer.choice.candidates is not None:
+            more["kept"] = torch.ones_like(valid, dtype=torch.float32)
+        return more
 
     def _split_loss(self, losses: Tensor, weights: Tensor, factor: Any, plain: Tensor, plain_factor: Any) -> Tensor:
         """Return a loss with the weighted gradient for the mimic layers and the plain mean's for all others."""
@@ -212,7 +242,8 @@ class ScoredTraining:
         with without_trace(trainer.model):
             for number, inputs in enumerate(micro_batches, 1):
                 batch, ids = self._split(trainer._prepare_inputs(dict(inputs)))
-                part = self._part(batch, ids, last=number == len(micro_batches))
+                counted = trainer.epoch_end.kept(batch_size(batch), ids, last=number == len(micro_batches))
+                part = MicroBatch(batch, ids, counted)
                 told = self._told(part).inputs
                 forward = mimic_forward(trainer.model, told, trainer.direction(), trainer.loss_fn)
                 found.append(self._parts(part, forward))
@@ -226,6 +257,8 @@ class ScoredTraining:
     def _check(self, share: Mapping[str, Any]) -> None:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         direction, named = trainer.direction(), dict(trainer.model.named_parameters(remove_duplicate=False))
+        if direction is None:
+            return
         product = gradient_along(direction, named)
         sums = self.engine.gather(torch.stack(list(share.values()))).mean(0).tolist()
         if product is None:
@@ -239,10 +272,15 @@ class ScoredTraining:
             check_gradient(product, dict(zip(share, sums, strict=True)), norm=float(self._norm), eps=eps)
 
     def _record(self) -> None:
+        trainer = self.trainer
         for epoch, ids, values in self._step.visits():
+            if ids is not None:
+                trainer.choice.learn(ids, values)
+            if not self.args.record_scores:
+                continue
             if ids is None:
                 raise ValueError(
                     f"every example must have an integer `{self.args.sample_id_column}` to record scores by, got none. "
                     "Let the data set's items have it, or train with record_scores=False."
                 )
-            self.trainer.scores.record(ids, epoch=epoch, step=self.trainer.state.global_step, **values)
+            trainer.scores.record(ids, epoch=epoch, step=trainer.state.global_step, **values)

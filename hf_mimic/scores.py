@@ -21,11 +21,11 @@ from hf_mimic.files import write_atomically
 if TYPE_CHECKING:
     from datasets import Dataset
 
-VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust")
+VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust", "clip_score", "kept")
 _KEYS = [("sample_id", pa.int64()), ("epoch", pa.int32()), ("step", pa.int64())]
 SCHEMA = pa.schema(_KEYS + [(name, pa.float32()) for name in VALUES])
 ATTACHED = ("trust", *VALUES, "n_visits", "keep")
-_OF_THE_REFERENCE = ("trust", "ref_loss", "ref_trust")
+_OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
 
 
@@ -75,7 +75,7 @@ class ScoreTable:
             sample_id: Integers (B,).
             epoch: Of the visit.
             step: Optimizer step of the visit.
-            **values: `loss`, `mimic_score`, `relative_weight`: (B,) each; NaN and infinity are stored as null.
+            **values: Of `VALUES`, (B,) each or one for all; NaN and infinity are stored as null.
         """
         unknown = set(values) - set(VALUES)
         if unknown:
@@ -163,7 +163,7 @@ class ScoreTable:
         `trust` is P(the label is right): the reference's, together with what mimic score and loss say; null where the
         reference was not run. `n_visits` counts the visits that gave a score; a mean over no value is null.
         """
-        wanted = [(name, "mean") for name in VALUES] + [("mimic_score", "count")]
+        wanted = [(name, "mean") for name in VALUES] + [("mimic_score", "count"), ("clip_score", "count")]
         grouped = self.to_arrow().group_by("sample_id").aggregate(wanted).sort_by("sample_id")
         columns = [grouped[f"{name}_mean"].cast(pa.float32()) for name in VALUES]
         scores, losses, trust = (columns[VALUES.index(n)].to_numpy() for n in ("mimic_score", "loss", "ref_trust"))
@@ -171,8 +171,9 @@ class ScoreTable:
             from hf_mimic.trust import combine
 
             trust = combine(trust, np.stack([scores, -losses], 1)).astype(np.float32)
+        visits = pa.compute.max_element_wise(grouped["mimic_score_count"], grouped["clip_score_count"])
         return pa.table(
-            [grouped["sample_id"], pa.array(trust, mask=np.isnan(trust)), *columns, grouped["mimic_score_count"]],
+            [grouped["sample_id"], pa.array(trust, mask=np.isnan(trust)), *columns, visits],
             names=["sample_id", "trust", *VALUES, "n_visits"],
         )
 
@@ -238,7 +239,8 @@ def attach_scores(
 ) -> Dataset:
     """Return the data set with the columns of `ScoreTable.aggregate`, and `keep` if given.
 
-    `trust`, `ref_loss` and `ref_trust` are left out where the reference was not run.
+    `trust`, `ref_loss` and `ref_trust` are left out where the reference was not run, `clip_score` and `kept` (the share of
+    visits at which a sample was chosen) where there were none.
 
     No image is decoded. Rows are joined by id; a row without a score gets null and `n_visits` 0.
 
@@ -252,7 +254,7 @@ def attach_scores(
         ValueError: If a column of that name is already there, no id matches, or `keep` has another length.
     """
     scores = table.aggregate()
-    absent = {name for name in _OF_THE_REFERENCE if scores[name].null_count == len(scores)}
+    absent = {name for name in _OPTIONAL if scores[name].null_count == len(scores)}
     names = [name for name in ATTACHED if name not in absent and (name != "keep" or keep is not None)]
     taken = [name for name in names if name in dataset.column_names]
     if taken:
@@ -276,9 +278,7 @@ def _places(dataset: Dataset, scores: pa.Table, sample_id_column: str) -> pa.Arr
     ids, known = read_sample_ids(dataset, sample_id_column), scores["sample_id"].to_numpy()
     place = np.searchsorted(known, ids).clip(max=max(len(known) - 1, 0))
     missing = known[place] != ids if len(known) else np.ones(len(ids), dtype=bool)
-    unscored = int(
-        missing.sum() + pa.compute.is_null(scores["mimic_score"].take(pa.array(place[~missing]))).to_numpy().sum()
-    )
+    unscored = int(missing.sum() + (scores["n_visits"].to_numpy()[place[~missing]] == 0).sum())
     if len(ids) and missing.all():
         raise ValueError(
             f"no `{sample_id_column}` of the data set is in the score table ({len(ids)} rows, {len(known)} scored "
@@ -286,7 +286,7 @@ def _places(dataset: Dataset, scores: pa.Table, sample_id_column: str) -> pa.Arr
         )
     if unscored:
         warnings.warn(
-            f"{unscored} of {len(ids)} rows have no mimic score: null, not 0. A filter must say what becomes of them, "
+            f"{unscored} of {len(ids)} rows have no score: null, not 0. A filter must say what becomes of them, "
             "for instance `lambda s: s is not None and s > 0`.",
             stacklevel=3,
         )

@@ -11,9 +11,14 @@ from hf_mimic.weights import StepSums
 
 
 class StepLog:
-    """Collects on the device, without waiting for it, and adds up over processes only when the log is written."""
+    """Collects on the device, without waiting for it, and adds up over processes only when the log is written.
 
-    def __init__(self) -> None:
+    Args:
+        scored: Whether there is a reference; without one nothing is said of scores.
+    """
+
+    def __init__(self, *, scored: bool = True) -> None:
+        self.scored = scored
         self._sums: Tensor | None = None
         self._steps = 0
 
@@ -57,4 +62,7 @@ class StepLog:
             }
         if nonfinite:
             values["nonfinite_samples"] = nonfinite
-        return values
+        return values if self.scored else {name: v for name, v in values.items() if name not in _OF_SCORES}
+
+
+_OF_SCORES = ("direction_norm", "mimic_score_mean", "mimic_score_std", "negative_share")

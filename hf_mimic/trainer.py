@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_mimic.arguments import MimicTrainingArguments
+from hf_mimic.batch_selection import BatchSelection
 from hf_mimic.contrastive import NOT_FEATURES, clamp_scale, contrastive_loss, couples
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.engine import Engine, check_engine
+from hf_mimic.ledger import Ledger
 from hf_mimic.losses import COUNTED, PerSampleLoss, loss_for_model, model_inputs
 from hf_mimic.micro_batch import batch_size
 from hf_mimic.padding import EpochEnd
@@ -75,12 +77,6 @@ class MimicTrainer(ResumingTrainer):
     ) -> None:
         if not isinstance(args, MimicTrainingArguments):
             raise TypeError(f"`args` must be a MimicTrainingArguments, got {type(args).__name__}.")
-        reference = args.reference_model if reference_model is None else reference_model
-        if reference is None:
-            raise ValueError(
-                "`reference_model` must be a Hub repo id, a folder, a model or a state dict, got none. "
-                "Without one there is nothing to mimic; use the plain Trainer."
-            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "`compute_loss_func` must be None: pass a per-sample `loss_fn`, (outputs, batch) -> (B,)."
@@ -94,16 +90,19 @@ class MimicTrainer(ResumingTrainer):
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
         self.loss_fn = loss_fn or contrastive_loss(loss_for_model(self.model, smoothing), self.model, self)
-        self.reference = ReferenceSetup(self, reference)
+        self.couples, self.ledger = couples(self.loss_fn), Ledger()
+        self.reference = ReferenceSetup(self, args.reference_model if reference_model is None else reference_model)
         self.reference_scores: ReferenceScores | None = None
         self.reference.init_head()
         self.strategy = self.reference.choose_strategy()
+        self.choice = BatchSelection(self)
         # NOTE: before FSDP has prepared the model, some processes may hold empty weights.
         self.direction: Any = None if self.is_fsdp_enabled else self.reference.direction()
         if self.direction is not None:
             self.reference.compare_heads()
         self.scores = ScoreTable(args.scores_dir if args.record_scores else None)
         self.training = ScoredTraining(self)
+        self._ledger: dict[str, float] = {}
         self._runs = 0
         self.add_callback(_ScoreCallback(self))
 
@@ -152,6 +151,8 @@ class MimicTrainer(ResumingTrainer):
         """Add the means since the last log to the training logs."""
         if "loss" in logs and "learning_rate" in logs:  # the Trainer's own: all processes are here
             logs |= self.training.log.pop(self.engine.gather) | self.training.weighing.report()
+            if self.args.chooses or self.args.cache_negatives:
+                logs |= self.ledger.report(self.engine.gather, self.args.device)
         super().log(logs, start_time)
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -165,9 +166,11 @@ class MimicTrainer(ResumingTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate without the sample id, which models do not take; an image-text model predicts its features."""
         inputs = {key: value for key, value in inputs.items() if key != self.args.sample_id_column}
-        if couples(self.loss_fn):
-            kwargs["ignore_keys"] = [*(kwargs.pop("ignore_keys", None) or ()), *NOT_FEATURES]
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        if not self.couples:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        kwargs["ignore_keys"] = [*(kwargs.pop("ignore_keys", None) or ()), *NOT_FEATURES]
+        loss, features, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss, features and features[::-1], labels  # the models have the text first
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Keep the id, and the columns that a transform needs; name the row of an image that does not decode."""
@@ -181,6 +184,10 @@ class MimicTrainer(ResumingTrainer):
             if dataset.format["type"] != "custom":
                 dataset = self._remove_unused_columns(dataset, description)
             dataset = SampleIdDataset(dataset, ids, column)
+        if self.choice.in_epochs and description == "Training":
+            return self.choice.loader(
+                dataset, kwargs["sampler_fn"](dataset), args[0] if args else kwargs["batch_size"]
+            )
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -195,18 +202,23 @@ class MimicTrainer(ResumingTrainer):
         """Return what scores depend on."""
         names = ("direction", "weight_scope", "reweight", "on_unhealthy")
         settings = {"strategy": self.strategy} | {name: getattr(self.args, name) for name in names}
+        if self.args.chooses:
+            more = ("selection_rate", "refresh", "variant", "momentum", "warmup_epochs", "warmup_data")
+            settings |= {name: getattr(self.args, name) for name in more}
         reference = self.args.reference_model
         settings |= {"temperature": self.args.tau, "mimic_layers": list(self.args.mimic_layers)}
         return {**settings, "reference_model": None if reference is None else str(reference)}
 
     def run_state(self) -> dict[str, Any]:
-        """Return the running temperature, the health, and how many rows of scores must be there."""
-        return {**self.training.weighing.state(), "score_rows": self.scores.count_stored()}
+        """Return the running temperature, the health, the ledger, and how many rows of scores must be there."""
+        return {**self.training.weighing.state(), "ledger": self._ledger, "score_rows": self.scores.count_stored()}
 
     def before_save(self, folder: str) -> None:
         """Write the scores up to the checkpoint, and where direction="start" started."""
         self.scores.flush(self.args.process_index)
         self.reference.save_direction(folder)
+        self.choice.save(folder)
+        self._ledger = self.ledger.report(self.engine.gather, self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does; see `ResumingTrainer` for what a resumed run keeps."""
@@ -225,11 +237,14 @@ class MimicTrainer(ResumingTrainer):
             if replaced and not step:
                 self.reference.init_head()
             self.direction = self.reference.direction(warn=not known)
+        self.ledger.resume(self._saved.get("ledger", {}) if step and self.args.process_index == 0 else {})
         self.reference_scores = self.reference.scores(self.strategy, resumed=bool(step))
+        self.choice.begin_run()
         self.training = ScoredTraining(self)
         if step:
             self.training.weighing.resume(self._saved)
             self.reference.resume_direction(self.resumed_from)
+            self.choice.resume(self.resumed_from)
         self.scores.forget()
         if self.args.process_index == 0:
             self._clear_scores(step)
@@ -263,6 +278,9 @@ class _ScoreCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_run()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.choice.begin_epoch()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         clamp_scale(self.trainer.loss_fn, self.trainer.model, args.max_logit_scale)

@@ -55,9 +55,10 @@ class Weighing:
         """Join what the reference says of the samples `ids` (b,) with their losses and scores (b,)."""
         reference = self.trainer.reference_scores
         losses = losses.detach().to(scores.dtype)
-        if reference is None or ids is None:
+        if ids is None:
             return BatchSignals(losses, scores)
-        return BatchSignals(losses, scores, *(values.to(scores) for values in reference.lookup(ids)))
+        said: Any = (None, None) if reference is None else [values.to(scores) for values in reference.lookup(ids)]
+        return BatchSignals(losses, scores, said[0], said[1], importance=self.trainer.choice.importance(ids))
 
     def scaled_part(self, signals: BatchSignals) -> Tensor:
         """Return what the strategy divides by the temperature (b,)."""

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from splits import steps_of
 from test_resuming import Killed, other, trainer_of
 from torch.distributed.fsdp import FSDPModule
+from training import prepare, rows_of
 from transformers.distributed import DistributedConfig
 
 from hf_mimic.sharding import whole
@@ -100,13 +101,41 @@ def resumed(folder: Path, *, kill: int, **options: Any) -> dict[str, Any]:
     if PartialState().is_main_process:
         shutil.copytree(folder / "killed", folder / "left")
     PartialState().wait_for_everyone()
-    again = trainer_of(folder / "killed", model=other(hidden_dropout_prob=0.1), **options)
+    again = trainer_of(
+        folder / "killed", model=None if "family" in options else other(hidden_dropout_prob=0.1), **options
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again.train(resume_from_checkpoint=True)
     runs = {"whole": whole, "resumed": again}
     found = {name: (run.model.state_dict(), run.scores.to_arrow().to_pydict()) for name, run in runs.items()}
     return {**found, "warnings": [str(warning.message) for warning in caught]}
+
+
+def histories(folder: Path, *, apart: bool = False, **options: Any) -> dict[str, Any]:
+    """Train a CLIP that chooses; return what is known of every sample after every step, on this process."""
+    splits.AcceleratorState._reset_state()
+    found: list[Any] = []
+
+    class Looks(splits.Gradients):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            owner = trainer.choice.rule or trainer.choice.sampler
+            found.append({name: x.clone() for name, x in owner.history.state_dict().items()})
+
+    rows = rows_of(models.make_batch("clip", size=44))
+    moving = {"learning_rate": 1e-3, "optim": "adamw_torch", "num_train_epochs": 3, "selection_rate": 0.5}
+    trainer = prepare(
+        models.make("clip"), folder, rows=rows, arguments={"callbacks": [Looks()]}, **{**moving, **options}
+    )
+    if apart:  # as the official code: every process knows what it has seen itself
+        trainer.engine.gather_columns = lambda ids, values, **_: (ids, values)
+    trainer.train()
+    table = trainer.scores.to_arrow().to_pydict()
+    return {
+        "histories": found,
+        "rows": table,
+        "ledger": trainer.ledger.report(trainer.engine.gather, trainer.args.device),
+    }
 
 
 def loses_a_process(folder: Path, *, how: str) -> dict[str, Any]:

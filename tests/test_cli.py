@@ -202,7 +202,7 @@ def test_samples_without_a_score_are_kept(home, tmp_path):
     table.record([0, 1, 2], epoch=0, step=0, mimic_score=[1.0, -1.0, float("nan")])
     table.flush()
     flags = ["--dataset", str(home / "rows.parquet"), "--scores", str(tmp_path / "scores"), "--min_score", "0"]
-    with pytest.warns(UserWarning, match="22 of 24 rows have no mimic score"):
+    with pytest.warns(UserWarning, match="22 of 24 rows have no score"):
         assert main(["filter", *flags, "--output", str(tmp_path / "out.parquet")]) == 0
     assert load_rows(str(tmp_path / "out.parquet"))["sample_id"][:] == [0, *range(2, 24)]
 

@@ -58,6 +58,14 @@ PAIRS = {  # options of image-text models, and those of the run on one process w
     "broken on both": {"broken": [0, 9, 10]},
     "small loss": {"strategy": "small_loss", "temperature": "auto"},
 }
+CHOOSING = {  # on two processes
+    "dissect warmup": {"strategy": "dissect"},
+    "dissect momentum": {"strategy": "dissect", "variant": "momentum"},
+    "dissect epoch": {"strategy": "dissect", "refresh": "epoch", "rescore_share": 0.2},
+    "dissect cached": {"strategy": "dissect", "cache_negatives": True, "gradient_accumulation_steps": 2},
+    "scan": {"strategy": "scan"},
+    "info_batch": {"strategy": "info_batch"},
+}
 BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}
 
 
@@ -131,6 +139,12 @@ def all_jobs():
     yield "resumed in order", "resumed", {"kill": 4, "save_steps": 1, **order}
     yield "resumed accumulated", "resumed", {"kill": 3, "save_steps": 1, "gradient_accumulation_steps": 2}
     yield "resumed stream", "resumed", {"kill": 5, "save_steps": 2, "stream": 2, "max_steps": 8}
+    for name, options in CHOOSING.items():
+        yield f"choosing {name}", "histories", options
+    yield "choosing apart", "histories", {"strategy": "dissect", "variant": "momentum", "apart": True}
+    for name, kill in (("dissect warmup", 5), ("dissect epoch", 7), ("info_batch", 5)):
+        options = {"family": "clip", "kill": kill, "save_steps": 1, "selection_rate": 0.6, **CHOOSING[name]}
+        yield f"resumed {name}", "resumed", options
     dispatch = {"accelerator_config": {"dispatch_batches": True}}
     yield "resumed dispatch", "resumed", {"kill": 5, "save_steps": 1, **dispatch}
 
@@ -328,10 +342,44 @@ def test_the_self_check_sees_both_processes(results, split):
         assert "The gradient is 2 times too large" in results[f"scaled {split}", rank]["error"]
 
 
+# ---- runs that choose ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_every_process_knows_the_same_of_every_sample(results, name):
+    ours, theirs = (results[f"choosing {name}", rank] for rank in (0, 1))
+    assert "failed" not in ours, ours["failed"]
+    assert len(ours["histories"]) == len(theirs["histories"]) >= 5
+    for mine, yours in zip(ours["histories"], theirs["histories"], strict=True):
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[key].nan_to_num(-1), yours[key].nan_to_num(-1)) for key in mine)
+    assert len(ours["histories"][-1]["ids"]) == 44
+    assert ours["rows"] == theirs["rows"]
+
+
+def test_histories_of_their_own_would_differ(results):
+    """The control: nothing is gathered, as in the official code."""
+    mine, yours = (results["choosing apart", rank]["histories"][0] for rank in (0, 1))
+    assert not torch.equal(mine["ids"], yours["ids"])
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_nothing_is_trained_on_twice(results, name):
+    rows = results[f"choosing {name}", 0]["rows"]
+    trained = [x is not None for x in rows["relative_weight"]]
+    keys = [(e, i) for e, i, t in zip(rows["epoch"], rows["sample_id"], trained, strict=True) if t]
+    assert len(set(keys)) == len(keys)
+    first, second = (len([key for key in keys if key[0] == epoch]) for epoch in (0, 1))
+    assert first == (44 if name != "dissect momentum" else second)  # the first epoch is on all
+    assert 20 <= second <= 34
+
+
 # ---- resuming, and processes that are lost -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["3", "5", "8", "in order", "accumulated", "stream"])
+@pytest.mark.parametrize(
+    "name", ["3", "5", "8", "in order", "accumulated", "stream", "dissect warmup", "dissect epoch", "info_batch"]
+)
 def test_two_processes_resume_exactly(results, name):
     for rank in (0, 1):
         result = results[f"resumed {name}", rank]

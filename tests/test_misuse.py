@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def filtered(folder, *flags, dataset="rows.parquet", output="curated.parquet"):
     place = ["--dataset", str(folder / dataset), "--scores", str(folder / "scores"), "--output", str(folder / output)]
-    with pytest.warns(UserWarning, match="have no mimic score"):
+    with pytest.warns(UserWarning, match="have no score"):
         return main(["filter", *place, *flags])
 
 
@@ -62,7 +62,7 @@ def test_another_data_set_is_noticed_by_its_row_numbers(folder, capsys):
 
 
 def test_nothing_kept_is_a_failure(folder, capsys):
-    with pytest.warns(UserWarning, match="have no mimic score"):
+    with pytest.warns(UserWarning, match="have no score"):
         assert "at least one row must be kept" in refused(folder, capsys, "--threshold", "9", "--drop_unscored")
 
 

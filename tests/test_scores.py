@@ -64,7 +64,8 @@ def test_a_value_that_is_not_finite_is_null(value):
 
 def test_unknown_column():
     with pytest.raises(
-        ValueError, match="must be one of mimic_score, relative_weight, loss, ref_loss, ref_trust, got clip, score"
+        ValueError,
+        match="must be one of mimic_score, relative_weight, loss, ref_loss, ref_trust, clip_score, kept, got clip, score",
     ):
         ScoreTable().record([0], epoch=0, step=0, score=[1.0], clip=[1.0])
 
@@ -327,7 +328,7 @@ def test_the_keep_mask_of_a_filter_becomes_a_column():
 def test_rows_without_a_score_are_null_with_a_warning():
     table = scored([0, 2])
     table.record([1], epoch=0, step=0, mimic_score=[NAN], relative_weight=[0.0])
-    with pytest.warns(UserWarning, match="2 of 4 rows have no mimic score: null, not 0. A filter must say") as caught:
+    with pytest.warns(UserWarning, match="2 of 4 rows have no score: null, not 0. A filter must say") as caught:
         result = attach_scores(images(4), table, keep=[True, False, True])
     assert caught[0].filename == __file__
     assert result["mimic_score"][:] == [pytest.approx(-0.35), None, pytest.approx(-0.15), None]

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from hf_mimic.selection import STRATEGIES, BatchSignals
+from hf_mimic.selection import DISSECT, ONLY_SELECT, RANKINGS, STRATEGIES, SUBSETS, BatchSignals, weighting
+from hf_mimic.subsets import KEEPERS
 
 
 def signals(scores):
     scores = torch.as_tensor(scores, dtype=torch.float32)
     rank = torch.linspace(0, 1, len(scores))
-    return BatchSignals(losses=torch.ones_like(scores), mimic_scores=scores, ref_losses=rank, ref_trust=rank)
+    losses = torch.ones_like(scores)
+    return BatchSignals(losses, scores, ref_losses=rank, ref_trust=rank, importance=1 + rank)
 
 
 def draw(size):
@@ -60,7 +62,7 @@ def test_log_weights_of_every_strategy_are_finite(name, temperature, size):
 def test_log_weights_of_a_sample_do_not_depend_on_its_batch(name):
     """What makes the softmax over a whole step possible, however it is split."""
     everything = signals(draw(8))
-    part = BatchSignals(**{field: values[2:5] for field, values in vars(everything).items()})
+    part = BatchSignals(**{name: x[2:5] for name, x in vars(everything).items() if x is not None})
     whole = STRATEGIES[name](everything, temperature=0.3)
     torch.testing.assert_close(STRATEGIES[name](part, temperature=0.3), whole[2:5])
 
@@ -84,3 +86,60 @@ def test_uniform_ignores_the_scores():
 def test_batch_of_one_has_all_the_weight():
     for temperature in (0.1, torch.inf):
         assert mimic(signals([-3.0]), temperature=temperature).tolist() == [1.0]
+
+
+# ---- what is kept of a batch ---------------------------------------------------------------------------------------
+
+
+def test_rankings_by_hand():
+    column = torch.tensor
+    given = BatchSignals(
+        losses=column([1.0, 3.0, 2.0]),
+        mimic_scores=column([0.1, -0.2, 0.3]),
+        ref_losses=column([0.5, 2.9, torch.nan]),
+        ref_trust=column([0.9, 0.1, torch.nan]),
+        clip_scores=column([30.0, 20.0, 25.0]),
+    )
+    expected = {
+        "random": [0.0, 0.0, 0.0],
+        "small_loss": [-1.0, -3.0, -2.0],
+        "big_loss": [1.0, 3.0, 2.0],
+        "clip_score": [30.0, 20.0, 25.0],
+        "rho_loss": [0.5, 0.1, 0.0],  # nothing is known of the last one: as if the reference's loss were its own
+        "ref_loss": [-0.5, -2.9, -2.0],
+        "mimic": [0.1, -0.2, 0.3],
+        "trust": [0.9, 0.1, 1.0],
+    }
+    assert expected.keys() == RANKINGS.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(RANKINGS[name](given), column(values), msg=name)
+
+
+def test_a_ranking_without_its_signal():
+    with pytest.raises(ValueError, match='strategy="clip_score" needs CLIPScores of pairs, got none'):
+        RANKINGS["clip_score"](signals([1.0]))
+
+
+def test_who_was_kept_by_chance_counts_for_those_who_were_not():
+    given = BatchSignals(torch.ones(2), torch.ones(2), importance=torch.tensor([4.0, 1.0]))
+    assert weights_by("info_batch", given).tolist() == pytest.approx([0.8, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rate", "expected"),
+    [
+        ("mimic", 1.0, "mimic"),
+        ("mimic", 0.5, "uniform"),
+        ("dissect", 0.5, "uniform"),
+        ("dissect_mimic", 0.5, "mimic"),
+        ("info_batch", 0.7, "info_batch"),
+        ("random", 1.0, "uniform"),
+    ],
+)
+def test_who_weighs_what_was_chosen(strategy, rate, expected):
+    assert weighting(strategy, rate) == expected
+
+
+def test_every_strategy_that_only_chooses_can():
+    assert set(ONLY_SELECT) <= {*RANKINGS, *DISSECT, *SUBSETS} <= set(STRATEGIES)
+    assert set(SUBSETS) <= set(KEEPERS)
