@@ -44,6 +44,8 @@ class Candidates:
                 f'strategy="{self.strategy}" with a selection_rate below 1 needs an integer `{self.args.sample_id_column}` '
                 "with every example, got none. See hf_mimic.data.add_sample_ids."
             )
+        if self._history_comes_later(epoch):
+            return part
         columns = self._columns(part, told)
         count = min(size, max(self._least, keep_count(size, self.args.rate)))
         if "clip_score" not in columns and (self.rule is not None or self.strategy == "clip_score"):
@@ -63,6 +65,13 @@ class Candidates:
         self.trainer.ledger.add(samples_scored=size if columns else 0)
         known = {name: column for name, column in columns.items() if name == "clip_score"}
         return MicroBatch(part.inputs, part.ids, part.counted, known).rows(kept)
+
+    def _history_comes_later(self, epoch: int) -> bool:
+        """Return whether this epoch's scores would be overwritten unread: in a warm-up on all of the data before its last."""
+        rule = self.rule
+        if rule is None or rule.variant != "warmup" or rule.warmup_data != "full" or self.args.dataloader_drop_last:
+            return False
+        return epoch < rule.warmup_epochs - 1
 
     @torch.no_grad()
     def _columns(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> dict[str, Tensor]:
