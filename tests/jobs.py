@@ -112,6 +112,15 @@ def resumed(folder: Path, *, kill: int, **options: Any) -> dict[str, Any]:
     return {**found, "warnings": [str(warning.message) for warning in caught]}
 
 
+def evaluated(folder: Path, *, family: str, size: int, **options: Any) -> dict[str, Any]:
+    """Return the evaluation loss of 22 pairs."""
+    splits.AcceleratorState._reset_state()
+    model, batch = splits.make(family, torch.float64)
+    args = {"per_device_eval_batch_size": size, **options}
+    trainer = prepare(model, folder, **args)
+    return {"loss": trainer.evaluate(splits.Rows(batch))["eval_loss"]}
+
+
 def histories(folder: Path, *, apart: bool = False, **options: Any) -> dict[str, Any]:
     """Train a CLIP that chooses; return what is known of every sample after every step, on this process."""
     splits.AcceleratorState._reset_state()

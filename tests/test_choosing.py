@@ -112,6 +112,20 @@ def test_what_is_kept_is_trained_on_with_equal_weights(tmp_path):
     CLIP.zero_grad()
 
 
+def test_only_the_last_epoch_of_a_warm_up_on_everything_is_scored(tmp_path):
+    """The scores of the others would be overwritten unread; what is chosen afterwards is the same."""
+    options = {"warmup_epochs": 2, "num_train_epochs": 4}
+    trainer, dropping = (
+        run(tmp_path / "a", "dissect", **options),
+        run(tmp_path / "b", "dissect", dataloader_drop_last=True, rows=ROWS.select(range(40)), **options),
+    )
+    assert trainer.ledger.counts["samples_scored"] == 3 * SIZE
+    assert dropping.ledger.counts["samples_scored"] == 4 * 40  # a sample may be dropped from the last one
+    rows = trainer.scores.to_arrow().to_pandas()
+    assert rows[rows.epoch == 0].kept.tolist() == [1.0] * SIZE
+    assert trainer.choice.rule.history.lookup(torch.arange(FIRST, FIRST + SIZE))["history"].isfinite().all()
+
+
 def test_dissect_and_mimic_weights_together(tmp_path):
     trainer = run(tmp_path, "dissect_mimic", temperature="0.1", warmup_data="selected")
     rows = trainer.scores.to_arrow().to_pandas()

@@ -14,6 +14,7 @@ from training import fit, prepare, rows_of
 
 from hf_mimic.contrastive import ContrastiveLoss, caption_hashes, clamp_scale, couples
 from hf_mimic.losses import COUNTED, clip_contrastive, clip_score, loss_for_model, siglip_sigmoid
+from hf_mimic.metrics import recall, retrieval
 
 EXACT = {"double": True, "temperature": 0.3}
 CACHED = {"cache_negatives": True}
@@ -249,6 +250,20 @@ def test_evaluation_predicts_features(tmp_path):
     means = [losses[:8].mean(), losses[8:16].mean(), losses[16:].mean()]
     expected = (8 * means[0] + 8 * means[1] + 6 * means[2]) / ROWS
     assert result["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_recall_of_a_trainer(tmp_path):
+    """The features come in the order that `metrics.retrieval` takes them in."""
+    model, batch = make("clip", torch.float32)
+    trainer = prepare(model, tmp_path)
+    trainer.compute_metrics = retrieval
+    result = trainer.evaluate(rows_of(batch))
+    with torch.no_grad():
+        outputs = model(**batch)
+    expected = recall(outputs.image_embeds, outputs.text_embeds, torch.arange(ROWS))
+    assert {name[5:]: result[name] for name in result if "recall" in name or "rsum" in name} == pytest.approx(expected)
+    turned = recall(outputs.text_embeds, outputs.image_embeds, torch.arange(ROWS))
+    assert turned != expected
 
 
 def test_evaluation_with_image_ids(tmp_path):

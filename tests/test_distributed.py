@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import evaluated
 from splits import FAMILIES, ROWS, difference, make, steps_of, train
 from test_resuming import trainer_of
 
@@ -139,6 +140,9 @@ def all_jobs():
     yield "resumed in order", "resumed", {"kill": 4, "save_steps": 1, **order}
     yield "resumed accumulated", "resumed", {"kill": 3, "save_steps": 1, "gradient_accumulation_steps": 2}
     yield "resumed stream", "resumed", {"kill": 5, "save_steps": 2, "stream": 2, "max_steps": 8}
+    for family in IMAGE_TEXT:
+        yield f"evaluated {family}", "evaluated", {"family": family, "size": 4}
+        yield f"evaluated {family} apart", "evaluated", {"family": family, "size": 4, "gather_negatives": False}
     for name, options in CHOOSING.items():
         yield f"choosing {name}", "histories", options
     yield "choosing apart", "histories", {"strategy": "dissect", "variant": "momentum", "apart": True}
@@ -245,6 +249,15 @@ def test_options_of_gathered_pairs(results, alone, name, how):
     kept = {k: v for k, v in PAIRS[name].items() if k != "ddp_find_unused_parameters"}
     for rank in (0, 1):
         assert_same(results[f"{how} {name}", rank], alone("clip", **{**EXACT, **kept}))
+
+
+@pytest.mark.parametrize("family", IMAGE_TEXT)
+def test_the_evaluation_loss_is_over_the_pairs_of_all_processes(results, family, tmp_path):
+    """22 pairs: the last batch of 2 x 4 has 6, and two repeated ones that count as no negatives."""
+    expected = evaluated(tmp_path, family=family, size=8)["loss"]
+    assert results[f"evaluated {family}", 0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert results[f"evaluated {family}", 1]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert abs(results[f"evaluated {family} apart", 0]["loss"] - expected) > 1e-2
 
 
 def test_batches_of_unequal_sizes(results, alone):

@@ -7,7 +7,7 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from hf_mimic.padding import EpochEnd
+from hf_mimic.padding import EpochEnd, EvenBatches
 
 
 class Stream(IterableDataset):
@@ -128,3 +128,43 @@ def test_a_sampler_without_a_length():
     end.prepared(source)
     end.fetched([{}], None)
     assert end.kept(4, None, last=True) is None
+
+
+# ---- batches that change their size --------------------------------------------------------------------------------
+
+
+class Batches(list):
+    drop_last = False
+
+
+def shared(sizes, processes=2, *, drop_last=False):
+    """Return what each process gets of batches of these sizes, and the rows at the end that are no repetition."""
+    rows = iter(range(sum(sizes)))
+    batches = Batches([next(rows) for _ in range(size)] for size in sizes)
+    batches.drop_last = drop_last
+    ours = [EvenBatches(batches, processes, rank) for rank in range(processes)]
+    found = [list(one) for one in ours]
+    assert {len(one) for one in found} == {len(ours[0])}
+    return found, ours[0].left_over
+
+
+def test_whole_turns_are_handed_out_as_they_are():
+    assert shared([2, 2, 2, 2]) == ([[[0, 1], [4, 5]], [[2, 3], [6, 7]]], 0)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 4, 2], [4, 4, 1], [3], [4, 4, 4, 4, 3], [1, 1, 1]])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_last_turn_is_shared_out_again(sizes, processes):
+    found, left_over = shared(sizes, processes)
+    assert all(len({len(one[turn]) for one in found}) == 1 for turn in range(len(found[0])))
+    trained = [row for turn in range(len(found[0]) - 1) for one in found for row in one[turn]]
+    last = [row for one in found for row in one[-1]]
+    real = last[:left_over] if left_over else last
+    assert sorted(trained + real) == list(range(sum(sizes)))  # nothing lost, nothing twice
+    assert last[len(real) :] == list(range(len(last) - len(real)))  # the first ones again
+
+
+def test_a_last_turn_that_is_dropped():
+    found, left_over = shared([4, 4, 4], drop_last=True)
+    assert [len(one) for one in found] == [1, 1]
+    assert left_over == 0
