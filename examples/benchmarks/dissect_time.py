@@ -87,7 +87,8 @@ def _rows(data: Path) -> Dataset:
         pixels = [torch.frombuffer(bytearray(x.convert("RGB").tobytes()), dtype=torch.uint8) for x in batch["image"]]
         pixels = [x.view(64, 64, 3).permute(2, 0, 1).float() / 127.5 - 1 for x in pixels]
         tokens = [
-            torch.tensor([1, *(4 + sum(word.encode()) % 995 for word in text.split()[:30]), 3]) for text in batch["text"]
+            torch.tensor([1, *(4 + sum(word.encode()) % 995 for word in text.split()[:30]), 3])
+            for text in batch["text"]
         ]
         padded = torch.nn.utils.rnn.pad_sequence([*tokens, torch.zeros(32)], batch_first=True)[:-1].long()
         return {"pixel_values": pixels, "input_ids": list(padded)}
