@@ -104,8 +104,10 @@ class BatchSelection:
 
     # ---- a run, an epoch, a step -----------------------------------------------------------------------------------
 
-    def begin_run(self) -> None:
-        """Take what the reference said of the samples, for a coreset."""
+    def begin_run(self, *, resumed: bool) -> None:
+        """Forget an earlier run; take what the reference said of the samples, for a coreset."""
+        if self.rule is not None and not resumed:
+            self.rule.forget()
         reference = self.trainer.reference_scores
         if self.strategy in ("ref_clip_score", "ref_clip_loss") and self.sampler is not None:
             values = reference.clip_scores if self.strategy == "ref_clip_score" else -reference.losses
@@ -118,7 +120,8 @@ class BatchSelection:
         if not due:
             return
         trainer, args = self.trainer, self.args
-        mine = Subset(self._dataset, due[args.process_index :: args.world_size])
+        each = len(due) // args.world_size  # as many forward passes on every process
+        mine = Subset(self._dataset, due[args.process_index :: args.world_size][:each])
         loader = DataLoader(mine, args.train_batch_size, **{**self._options, "persistent_workers": False})
         hidden = args.disable_tqdm or args.process_index > 0
         ids, scores = [], []
@@ -130,7 +133,7 @@ class BatchSelection:
         nothing = torch.zeros(0, device=args.device)
         found = torch.cat(ids) if ids else nothing.long(), torch.cat(scores) if scores else nothing
         trainer.ledger.add(samples_decoded=len(mine), samples_scored=len(mine))
-        self.sampler.update(*trainer.engine.gather_columns(*found, even=False), rescored=True)
+        self.sampler.update(*trainer.engine.gather_columns(*found, even=True), rescored=True)
 
     def keep(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> MicroBatch:
         """Return what is trained on of a micro-batch; see `Candidates.keep`."""

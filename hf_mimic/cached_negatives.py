@@ -86,25 +86,29 @@ class CachedStep:
         wanted = [self._leaf, *(p for p in self.loss_fn.parameters if p.requires_grad)]
         self._gradients = torch.autograd.grad(loss, wanted)
 
-    def loss(self, model: nn.Module, number: int) -> Tensor | None:
-        """Return a number whose gradient is what one micro-batch contributes; None if it had no finite sample.
+    def loss(self, model: nn.Module, number: int) -> tuple[Tensor | None, Tensor]:
+        """Return a number whose gradient is what one micro-batch contributes, None if it had no finite sample.
 
         Args:
-            model: Wrappers included.
+            model: Wrappers included: they must see every micro-batch, finite or not.
             number: Of the micro-batch.
+
+        Returns:
+            The number, 0-d, and the features (b, 2, D) that it was made of.
         """
         part, features = self.parts[number], self._features[number]
+        some = bool(features.finite.any()) and not bool(features.finite.all())
+        inputs = rows_of(part.inputs, features.finite, len(features.finite)) if some else part.inputs
+        both = torch.stack(embeddings(model(**model_inputs(inputs))), 1)
         if not len(features.primal):
-            return None
-        inputs = part.inputs if features.finite.all() else rows_of(part.inputs, features.finite, len(features.finite))
-        outputs = model(**model_inputs(inputs))
+            return None, both
         first = sum(len(before.primal) for before in self._features[:number])
         at_features, *at_own = self._gradients
-        surrogate = (torch.stack(embeddings(outputs), 1) * at_features[first : first + len(features.primal)]).sum()
+        surrogate = (both * at_features[first : first + len(both)]).sum()
         own = (p for p in self.loss_fn.parameters if p.requires_grad)
         running = sum(len(features.primal) > 0 for features in self._features)
         # A part to every micro-batch: DistributedDataParallel expects a gradient wherever the outputs depend on it.
-        return surrogate + sum((p * g).sum() / running for p, g in zip(own, at_own, strict=True))
+        return surrogate + sum((p * g).sum() / running for p, g in zip(own, at_own, strict=True)), both
 
     def _run(self, part: MicroBatch) -> Features:
         module, state = rng_state(part.inputs.values())

@@ -128,6 +128,10 @@ class DISSect:
         )
         self.epoch = epoch
 
+    def forget(self) -> None:
+        """Begin anew: no sample has a history."""
+        self.epoch, self.history = 0, ScoreHistory(self.history.names)
+
     def choose(self, ids: Tensor, scores: Tensor, *, valid: Tensor | None = None, least: int = 1) -> Tensor:
         """Return the positions to train on, ascending (k,); the history stays as it is, `update` comes after.
 

@@ -65,8 +65,8 @@ class ScoredTraining:
         if self._cached is not None:
             if not number:
                 self._begin_cached(self._cached, self._micro_batches or [{**batch, self.args.sample_id_column: ids}])
-            loss = self._cached.loss(model, number)
-            return no_gradient(self.engine.parameters) if loss is None else loss, None
+            loss, features = self._cached.loss(model, number)
+            return self._without_samples(model, features) if loss is None else loss, None
         if self.weighing.needs_start():
             self._measure(self._micro_batches or [batch])
         part = self._part(batch, ids, last=self._taken >= len(self._micro_batches))
@@ -85,10 +85,14 @@ class ScoredTraining:
         else:
             loss = self._split_loss(losses, weights, factor, *self._plain_step.add(visit, **options))
         if forward is None:
-            # Parameters that find_unused_parameters counted as unused must stay so.
-            finds_unused = getattr(model, "find_unused_parameters", False)
-            loss = no_gradient(self.engine.parameters, first.losses if finds_unused else None)
+            loss = self._without_samples(model, first.losses)
         return loss, None if forward is None else forward.outputs
+
+    def _without_samples(self, model: nn.Module, found: Tensor) -> Tensor:
+        """Return a loss without gradient, for a micro-batch of which no sample is finite."""
+        # Parameters that find_unused_parameters counted as unused must stay so.
+        finds_unused = getattr(model, "find_unused_parameters", False)
+        return no_gradient(self.engine.parameters, found if finds_unused else None)
 
     def _begin_cached(self, cached: CachedStep, micro_batches: list[Mapping[str, Any]]) -> None:
         """Find losses, scores and weights of the whole step, before the first of its micro-batches is differentiated."""

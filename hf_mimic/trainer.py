@@ -239,7 +239,7 @@ class MimicTrainer(ResumingTrainer):
             self.direction = self.reference.direction(warn=not known)
         self.ledger.resume(self._saved.get("ledger", {}) if step and self.args.process_index == 0 else {})
         self.reference_scores = self.reference.scores(self.strategy, resumed=bool(step))
-        self.choice.begin_run()
+        self.choice.begin_run(resumed=bool(step))
         self.training = ScoredTraining(self)
         if step:
             self.training.weighing.resume(self._saved)

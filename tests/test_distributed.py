@@ -57,6 +57,8 @@ PAIRS = {  # options of image-text models, and those of the run on one process w
     "equal captions": {"multi_positive": True, "repeated": True},
     "one broken": {"broken": [9]},
     "broken on both": {"broken": [0, 9, 10]},
+    "broken micro-batch": {"broken": [4, 5, 6, 7]},  # one of two of a process
+    "broken last micro-batch": {"broken": [12, 13, 14, 15]},
     "small loss": {"strategy": "small_loss", "temperature": "auto"},
 }
 CHOOSING = {  # on two processes
