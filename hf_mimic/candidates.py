@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_mimic.dissect import DISSect, keep_count, tie_keys, top
+from hf_mimic.finite import without_trace
 from hf_mimic.losses import clip_score
 from hf_mimic.micro_batch import MicroBatch
 from hf_mimic.mimic import eval_mode, mimic_forward
@@ -73,14 +74,13 @@ class Candidates:
             return False
         return epoch < rule.warmup_epochs - 1
 
-    @torch.no_grad()
     def _columns(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> dict[str, Tensor]:
         """Return what the ranking needs to know, by a forward pass of the candidates if it needs one: (B,) each."""
         model, loss_fn = self.trainer.model, self.trainer.loss_fn
         if self.strategy in ("random", "ref_loss", "trust"):
             return {}
         direction = self.trainer.direction() if self.strategy == "mimic" else None
-        with eval_mode(model):
+        with without_trace(model), eval_mode(model):
             forward = mimic_forward(model, told(part).inputs, direction, loss_fn)
         columns = {"loss": forward.losses.to(forward.scores.dtype)}
         if direction is not None:

@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "weighing": {"health", "selection", "temperature"},
     "ledger": set(),
     "subsets": {"dissect", "history"},
-    "candidates": {"dissect", "losses", "micro_batch", "mimic", "selection"},
+    "candidates": {"dissect", "finite", "losses", "micro_batch", "mimic", "selection"},
     "batch_selection": {
         "candidates",
         "dissect",

@@ -52,6 +52,7 @@ def tasks(quick: bool, seeds: int) -> list[dict]:
     add(OTHER_NOISE, noise=0.0)
     add(OTHER_NOISE, noise=0.2)
     add(tuple(m for m in every if m != "full"), budget="compute")
+    add((*MAIN, "small loss", "CLIPScore"), data="icons-shifted")
     add(MAIN, data="emoji")
     unique = {key_of(task): task for task in found}
     return list(unique.values())

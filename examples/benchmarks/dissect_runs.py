@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from dissect_settings import Pairs, Rows, Study, load_pairs
+from dissect_settings import SHIFTED, Pairs, Rows, Study, load_pairs
 from transformers import CLIPModel
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
@@ -77,9 +77,9 @@ def reference_of(study: Study, name: str, noise: float, seed: int, cache: Path) 
     return torch.load(path, weights_only=True)
 
 
-def fit(model: CLIPModel, pairs: Pairs, folder: str, seed: int, *, epochs: float = EPOCHS, reference=None, **options):
+def fit(model: CLIPModel, pairs: Pairs, folder: str, seed: int, *, epochs: float = EPOCHS, shift: int = 0, **options):
     """Train; every method sees the same batches, learning rates and number of steps per epoch."""
-    steps = math.ceil(len(pairs) / BATCH) * epochs
+    steps, reference = math.ceil(len(pairs) / BATCH) * epochs, options.pop("reference", None)
     args = MimicTrainingArguments(
         folder,
         use_cpu=True,
@@ -98,7 +98,7 @@ def fit(model: CLIPModel, pairs: Pairs, folder: str, seed: int, *, epochs: float
         seed=seed,
         **options,
     )
-    trainer = MimicTrainer(model, args, train_dataset=Rows(pairs), reference_model=reference)
+    trainer = MimicTrainer(model, args, train_dataset=Rows(pairs, shift), reference_model=reference)
     trainer.train()
     return trainer
 
@@ -121,6 +121,7 @@ def train(task: dict, data: Path, cache: Path) -> dict:
                 folder,
                 seed,
                 epochs=task["epochs"],
+                shift=2 if name.endswith(SHIFTED) else 0,
                 reference=reference,
                 selection_rate=rate,
                 **options,

@@ -18,6 +18,9 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 SIZE, WORDS, WIDTH = 32, 12, 96
+SHIFTED = (
+    "-shifted"  # after a name: drawings are shifted at random by up to two pixels, so that little is learned by heart
+)
 SETS = {  # file of each style, the columns of style and category, styles to train on, the held-out one
     "icons": (["icons/phosphor.parquet"], "style", "categories", ["regular", "bold", "fill", "duotone"], "light"),
     "emoji": (
@@ -79,16 +82,21 @@ class Convolutions(nn.Module):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Pairs as the Trainer takes them."""
+    """Pairs as the Trainer takes them; the drawings are shifted at random by up to so many pixels."""
 
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs, self.sample_ids = pairs, torch.arange(len(pairs))
+    def __init__(self, pairs: Pairs, shift: int = 0) -> None:
+        self.pairs, self.shift, self.sample_ids = pairs, shift, torch.arange(len(pairs))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, row: int) -> dict:
-        return {"pixel_values": self.pairs.images[row], "input_ids": self.pairs.tokens[row], "sample_id": row}
+        image = self.pairs.images[row]
+        if self.shift:
+            down, right = torch.randint(2 * self.shift + 1, (2,)).tolist()
+            padded = nn.functional.pad(image[None], [self.shift] * 4, mode="replicate")[0]
+            image = padded[:, down : down + SIZE, right : right + SIZE]
+        return {"pixel_values": image, "input_ids": self.pairs.tokens[row], "sample_id": row}
 
 
 def load_pairs(name: str, noise: float, seed: int, data: Path, cache: Path) -> Study:
@@ -97,6 +105,7 @@ def load_pairs(name: str, noise: float, seed: int, data: Path, cache: Path) -> S
     Held out is a whole style: the same things, drawn otherwise. A picture that was trained on, or a caption that stands
     there twice, is not in the test.
     """
+    name = name.removesuffix(SHIFTED)
     table = _read(name, data, cache)
     _, _, _, styles, held_out = SETS[name]
     style, text = np.array(table["style"]), np.array(table["text"])
