@@ -210,14 +210,10 @@ class ScoredTraining:
     def _more(self, part: MicroBatch, forward: MimicForward, valid: Tensor) -> dict[str, Tensor]:
         """Return the columns that a selection or an image-text model adds to the score table (B,)."""
         more = dict(part.columns or {})
-        if (
-            "clip_score" not in more
-            and hasattr(forward.outputs, "image_embeds")
-            and len(forward.losses) == valid.sum()
-        ):
-            scores = clip_score(forward.outputs)
-            more["clip_score"] = scores.new_full(valid.shape, torch.nan)
-            more["clip_score"][valid] = scores
+        if "clip_score" not in more and hasattr(forward.outputs, "image_embeds"):
+            more["clip_score"] = scores = clip_score(forward.outputs)
+            if len(scores) < len(valid):
+                more["clip_score"] = scores.new_full(valid.shape, torch.nan).masked_scatter(valid, scores)
         if self.trainer.choice.candidates is not None:
             more["kept"] = torch.ones_like(valid, dtype=torch.float32)
         return more

@@ -60,6 +60,7 @@ PAIRS = {  # options of image-text models, and those of the run on one process w
     "broken micro-batch": {"broken": [4, 5, 6, 7]},  # one of two of a process
     "broken last micro-batch": {"broken": [12, 13, 14, 15]},
     "small loss": {"strategy": "small_loss", "temperature": "auto"},
+    "mimic layers": {"reweight": "mimic_layers"},
 }
 CHOOSING = {  # on two processes
     "dissect warmup": {"strategy": "dissect"},
@@ -92,6 +93,8 @@ def jobs_of_splits():
     for name, options in PAIRS.items():
         yield f"pairs {name}", {"family": "clip", "split": "2p8", **EXACT, **options}
         cached = {"split": "2p4x2", "cache_negatives": True}
+        if "reweight" in options:  # features have one gradient only
+            continue
         yield f"cached {name}", {"family": "clip", **cached, **EXACT, **options}
 
 
@@ -248,6 +251,8 @@ def test_negatives_that_are_not_gathered_are_others(results, alone):
 @pytest.mark.parametrize("how", ["pairs", "cached"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_options_of_gathered_pairs(results, alone, name, how):
+    if (how, name) == ("cached", "mimic layers"):
+        pytest.skip("refused: features have one gradient only")
     kept = {k: v for k, v in PAIRS[name].items() if k != "ddp_find_unused_parameters"}
     for rank in (0, 1):
         assert_same(results[f"{how} {name}", rank], alone("clip", **{**EXACT, **kept}))
