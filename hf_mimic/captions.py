@@ -46,7 +46,7 @@ def read_pairs(
     Raises:
         ValueError: If there is no caption, or a row has no image id.
     """
-    places = _image_places(dataset, image_id_column)  # (rows,)
+    places = image_places(dataset, image_id_column)  # (rows,)
     column = text_column or TEXT
     cells = dataset.with_format(None)[column][:] if column in dataset.column_names else []
     given = [(text, place) for cell, place in zip(cells, places, strict=False) for text in _listed(cell)]
@@ -72,7 +72,7 @@ def _listed(cell: str | list[str | None] | None) -> list[str | None]:
     return cell if isinstance(cell, list) else [cell]
 
 
-def _image_places(dataset: Dataset, column: str | None) -> np.ndarray:
+def image_places(dataset: Dataset, column: str | None) -> np.ndarray:
     """Return which image each row has (rows,): 0, 1, ... M-1 in the order of their first rows."""
     if column is None:
         return np.arange(len(dataset))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -29,6 +31,10 @@ class DataArguments:
         eval_split: Split to evaluate on after each epoch, or a data file.
         image_column: Column with the images.
         label_column: Column with the labels.
+        text_column: Column with captions, strings or lists of strings of which the first counts: trains an image-text
+            model (CLIP, SigLIP ...) on pairs, not a classifier on labels.
+        image_id_column: With text_column: rows of the evaluation data with the same value are captions of one image, that of
+            the first of them; by default every row has an image of its own.
         on_error: What to do with an image that does not decode: "raise" names its row, "skip" drops and counts it.
     """
 
@@ -38,7 +44,22 @@ class DataArguments:
     eval_split: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    text_column: str | None = None
+    image_id_column: str | None = None
     on_error: str = "raise"
+
+
+def evaluation_part(options: DataArguments) -> DataArguments:
+    """Return the same with the data to evaluate on: another split, or a file of its own."""
+    given = str(options.eval_split)
+    if Path(given).exists():
+        return replace(options, dataset=given, split="train")
+    return replace(options, split=given)
+
+
+def resume_point(given: Any) -> Any:
+    """Return what `Trainer.train` takes for a `resume_from_checkpoint` of the command line: true, false or a folder."""
+    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 @dataclass

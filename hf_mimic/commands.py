@@ -5,7 +5,6 @@ Read `COMMANDS` at the end, then one command.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from hf_mimic.command_arguments import (
     EvaluateArguments,
     FilterArguments,
     ScoreArguments,
+    evaluation_part,
+    resume_point,
 )
 
 if TYPE_CHECKING:
@@ -44,18 +45,16 @@ def train(options: DataArguments, args: Any) -> str:
     from hf_mimic.metrics import accuracy
     from hf_mimic.trainer import MimicTrainer
 
+    if options.text_column is not None:
+        return _train_pairs(options, args)
+    if options.image_id_column is not None:
+        raise ValueError("--image_id_column must come with --text_column, got it without: it is for pairs.")
     rows, labels = _rows(options, args.sample_id_column)
     set_seed(args.seed)  # a new head is drawn before the Trainer sets it
     model, processor, _ = _model(options.model, labels)
     evaluation = None
     if options.eval_split:
-        place = (
-            (options.eval_split, "train")
-            if Path(options.eval_split).exists()
-            else (options.dataset, options.eval_split)
-        )
-        part = dataclasses.replace(options, dataset=place[0], split=place[1])
-        evaluation, _ = _rows(part, args.sample_id_column, labels)
+        evaluation, _ = _rows(evaluation_part(options), args.sample_id_column, labels)
         args.eval_strategy = "epoch" if args.eval_strategy == "no" else args.eval_strategy
     trainer = MimicTrainer(
         model,
@@ -65,9 +64,7 @@ def train(options: DataArguments, args: Any) -> str:
         processing_class=processor,
         compute_metrics=accuracy,
     )
-    words = {"true": True, "false": None}
-    resume = words.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume_point(args.resume_from_checkpoint))
     trainer.save_model()
     lines = {"samples": len(rows), "visits": len(trainer.scores), "model": args.output_dir, "scores": args.scores_dir}
     verdict = trainer.training.weighing.report().get("unhealthy")
@@ -80,6 +77,13 @@ def train(options: DataArguments, args: Any) -> str:
     return _table(lines) + f"\n\nnext: hf-mimic filter --dataset {options.dataset} --scores {args.scores_dir}"
 
 
+def _train_pairs(options: DataArguments, args: Any) -> str:
+    from hf_mimic.pair_training import train_pairs
+
+    lines = train_pairs(options, args)
+    return _table(lines) if lines else ""
+
+
 def score(options: DataArguments, scoring: ScoreArguments) -> str:
     """Score every sample with the model as it is."""
     import numpy as np
@@ -90,6 +94,10 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     from hf_mimic.scores import ScoreTable
     from hf_mimic.scoring import score_dataset
 
+    if options.text_column is not None or options.image_id_column is not None:
+        raise ValueError(
+            "--text_column and --image_id_column are for `hf-mimic train`, score takes labels. Leave them out."
+        )
     rows, labels = _rows(options, scoring.sample_id_column)
     model, processor, made = _model(options.model, labels)
     if made:
@@ -135,6 +143,7 @@ def filter_rows(options: FilterArguments) -> str:
     import numpy as np
 
     from hf_mimic.data import load_rows
+    from hf_mimic.pairs import identified
     from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 
     _check_output(options)
@@ -144,7 +153,7 @@ def filter_rows(options: FilterArguments) -> str:
         earlier = [name for name in ATTACHED if name in given.column_names]
         print(f"columns of an earlier filter are replaced: {', '.join(earlier)}")
         given = given.remove_columns(earlier)
-    rows = _identified(given, options.sample_id_column)
+    rows = identified(given, options.sample_id_column)
     highest = table.aggregate()["sample_id"].to_numpy().max()
     if options.sample_id_column not in given.column_names and highest >= len(rows):
         raise ValueError(
@@ -216,10 +225,11 @@ def _rows(options: DataArguments, sample_id_column: str, labels: list[str] | Non
     """Return the data set with ids and class labels (in the order of `labels`, if given), and its labels."""
     from hf_mimic.checks import check_choice
     from hf_mimic.data import drop_unreadable, load_rows, with_class_labels
+    from hf_mimic.pairs import identified
 
     check_choice("on_error", options.on_error, ("raise", "skip"))
     rows = with_class_labels(
-        _identified(load_rows(options.dataset, options.split), sample_id_column), options.label_column, labels
+        identified(load_rows(options.dataset, options.split), sample_id_column), options.label_column, labels
     )
     if options.on_error == "skip":
         rows, bad = drop_unreadable(rows, options.image_column)
@@ -227,12 +237,6 @@ def _rows(options: DataArguments, sample_id_column: str, labels: list[str] | Non
             places = f": rows {', '.join(map(str, bad[:20]))}" if bad else ""
             print(f"{len(bad)} images do not decode and are skipped{places}")
     return rows, rows.features[options.label_column].names
-
-
-def _identified(rows: Dataset, column: str) -> Dataset:
-    from hf_mimic.data import add_sample_ids
-
-    return rows if column in rows.column_names else add_sample_ids(rows, column)
 
 
 def _transformed(rows: Dataset, processor: Any, options: DataArguments) -> Dataset:

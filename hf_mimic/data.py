@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SAMPLE_ID = "sample_id"
 _FILE_KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
-_UNREADABLE = (OSError, SyntaxError, DecompressionBombError)  # what PIL raises on broken files
+UNREADABLE = (OSError, SyntaxError, DecompressionBombError)  # what PIL raises on broken files
 
 
 def add_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> Dataset:
@@ -86,7 +86,7 @@ class SampleIdDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             batch = self.dataset.__getitems__(list(indices))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._named(indices) from error
         if self.ids is None:
             return batch
@@ -96,7 +96,7 @@ class SampleIdDataset(torch.utils.data.Dataset):
         for index in indices:
             try:
                 self.dataset[int(index)]
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 name = "" if self.ids is None else f" ({self.column} {self.ids[index]})"
                 return ValueError(
                     f"every image must decode; row {index}{name} does not: {error}. "
@@ -119,7 +119,19 @@ class SampleIdCollator:
             return self.collator(list(examples))
         ids = torch.tensor([self._integer(example[self.column]) for example in examples])
         rest = [{key: value for key, value in example.items() if key != self.column} for example in examples]
-        return {**self.collator(rest), self.column: ids}
+        try:
+            return {**self.collator(rest), self.column: ids}
+        except (*UNREADABLE, ValueError):
+            for number, example in zip(ids.tolist(), rest, strict=True):
+                self._try(number, example)
+            raise
+
+    def _try(self, number: int, example: Mapping[str, Any]) -> None:
+        """Raise, with its id, what an example alone makes the collator raise: an image that does not decode, say."""
+        try:
+            self.collator([example])
+        except (*UNREADABLE, ValueError) as error:
+            raise ValueError(f"{self.column} {number}: {error}") from error
 
     def _integer(self, value: Any) -> int:
         try:
@@ -137,7 +149,7 @@ def drop_unreadable(dataset: Dataset, column: str) -> tuple[Dataset, list[int]]:
     for row in tqdm(range(len(plain)), desc="decoding images", leave=False):
         try:
             missing = plain[row][column] is None
-        except _UNREADABLE:
+        except UNREADABLE:
             missing = True
         if missing:
             bad.append(row)

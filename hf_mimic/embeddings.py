@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from hf_mimic.mimic import eval_mode
 
-_ALWAYS_PADDED = ("siglip", "siglip2")  # trained on texts of full length, and without a mask
+_ALWAYS_PADDED = ("siglip", "siglip2")
 
 
 @torch.no_grad()
@@ -86,6 +86,29 @@ def text_features(
     return torch.cat(found)
 
 
+def tokenize(tokenizer: Any, texts: Sequence[str], *, context: int, full: bool) -> dict[str, Tensor]:
+    """Return a batch of texts as an image-text model takes it.
+
+    Args:
+        tokenizer: Of the model, or a processor that has it.
+        texts: B texts.
+        context: Tokens that a text may have; what is longer is cut off.
+        full: Pad to `context` and give no mask; see `needs_full_length`.
+
+    Returns:
+        `input_ids` (B, L) and what else the tokenizer gives, an `attention_mask` for instance.
+    """
+    padding = "max_length" if full else True
+    options: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": context, "return_tensors": "pt"}
+    tokens = tokenizer_of(tokenizer)(list(texts), **options)
+    return {"input_ids": tokens["input_ids"]} if full else dict(tokens)
+
+
+def needs_full_length(model: Any) -> bool:
+    """Return whether the model was trained on texts of full length, and without a mask."""
+    return model.config.model_type in _ALWAYS_PADDED
+
+
 def feature_matrix(output: Any) -> Tensor:
     """Return the features (B, D) out of what `get_image_features` or `get_text_features` returned.
 
@@ -145,15 +168,6 @@ def _reserved_positions(model: Any) -> int:
 
 def _tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     """Return a batch of texts (B, L) as `get_text_features` takes it, on the model's device."""
-    full = model.config.model_type in _ALWAYS_PADDED
-    tokens = tokenizer_of(tokenizer)(
-        list(texts),
-        padding="max_length" if full else True,
-        truncation=True,
-        max_length=context_length(model, tokenizer),
-        return_tensors="pt",
-    )
-    if full:
-        tokens = {"input_ids": tokens["input_ids"]}
+    tokens = tokenize(tokenizer, texts, context=context_length(model, tokenizer), full=needs_full_length(model))
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in tokens.items()}

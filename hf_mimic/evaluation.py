@@ -29,6 +29,7 @@ from hf_mimic.embeddings import (
     text_features,
 )
 from hf_mimic.files import write_atomically
+from hf_mimic.images import as_rgb
 from hf_mimic.mimic import eval_mode
 from hf_mimic.retrieval import recall, zero_shot_accuracy
 
@@ -119,11 +120,12 @@ def _at_each_k(results: dict[str, Any], start: str) -> str:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def load_image_text_model(name: str) -> tuple[Any, Any, Any]:
-    """Return a model in float32, on the GPU if there is one, its tokenizer and its image processor.
+def load_image_text_model(name: str, *, device: str | None = None) -> tuple[Any, Any, Any]:
+    """Return a model in float32, its tokenizer and its image processor.
 
     Args:
         name: Hub repo id or folder.
+        device: Of the model; by default the GPU if there is one.
 
     Raises:
         ValueError: If it does not embed images and texts, or its checkpoint lacks weights for that.
@@ -138,7 +140,7 @@ def load_image_text_model(name: str) -> tuple[Any, Any, Any]:
             f"the checkpoint {name} must have all weights of a {type(model).__name__}, got none for {len(made)} of them, "
             f"such as {made[0]}: they would be drawn at random. Is it the classifier or captioner of that family?"
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, _tokenizer(name), AutoImageProcessor.from_pretrained(name)
 
 
@@ -207,9 +209,7 @@ def image_features(
 
 
 def _pixels(batch: dict[str, list], *, processor: Any, column: str) -> dict[str, Any]:
-    if None in batch[column]:
-        raise OSError("there is no image")  # as unreadable as a broken one: `SampleIdDataset` names the row
-    return dict(processor([picture.convert("RGB") for picture in batch[column]], return_tensors="pt"))
+    return dict(processor([as_rgb(picture) for picture in batch[column]], return_tensors="pt"))
 
 
 def _progress(batches: Iterable, what: str) -> Iterable:
