@@ -87,7 +87,7 @@ def _check_options(options: DataArguments, args: Any) -> None:
         free = [name for name in STRATEGIES if name not in NEED_A_REFERENCE]
         raise ValueError(
             f"--strategy must be chosen where there is no --reference_model, one of {', '.join(free)}, got neither. "
-            "dissect trains on the pairs of a batch whose captions fit best by their history, uniform on all."
+            "dissect trains on half of each batch, chosen by how the CLIPScores of its pairs change, uniform on all."
         )
 
 
