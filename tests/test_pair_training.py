@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import image_text
 import models
+import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
@@ -237,3 +238,43 @@ def example(name="train_clip_dissect"):
     sys.modules[name] = module  # a dataclass looks itself up there
     specification.loader.exec_module(module)
     return module
+
+
+QUICK = "--use_cpu --report_to none --disable_tqdm True --dataloader_pin_memory False --save_strategy no".split()
+
+
+def test_the_example(tmp_path, capsys):
+    """A model made on the spot, mixed-up captions, the share of right ones chosen, scores as columns."""
+    script = example()
+    image_text.rows(TEXTS * 3).to_parquet(tmp_path / "rows.parquet")
+    image_text.rows(TEXTS[:6]).to_parquet(tmp_path / "held.parquet")
+    flags = ["--tiny", "--dataset", str(tmp_path / "rows.parquet"), "--eval_dataset", str(tmp_path / "held.parquet")]
+    flags += ["--noise", "0.4", "--per_device_train_batch_size", "9", "--pretrain_epochs", "1", "--image_size", "16"]
+    script.main([*flags, "--num_train_epochs", "2", "--output_dir", str(tmp_path / "run"), *QUICK])
+    told = capsys.readouterr().out
+    scored = load_rows(str(tmp_path / "run" / "scored.parquet"))
+    clean = np.mean(scored["clean"][:])
+    assert f"dissect, epoch 0: trained on 36 pairs, {clean:.3f} clean (of all {clean:.3f})" in told
+    assert "dissect, epoch 1: trained on 16 pairs" in told
+    assert "eval_rsum" in told
+    assert "'samples_scored': 72.0, 'samples_forward': 52.0" in told
+    assert len(scored) == 36
+    assert set(np.round(scored["kept"][:], 2)) <= {0.5, 1.0}
+    load_image_text_model(str(tmp_path / "run"))
+
+
+def test_the_example_on_a_webdataset(clip, shards, tmp_path, capsys):
+    script = example()
+    flags = ["--dataset", "webdataset", "--data_files", shards.replace("*", "{0..0}"), "--streaming", "--model", clip]
+    flags += ["--per_device_train_batch_size", "4", "--max_steps", "4", "--output_dir", str(tmp_path / "run")]
+    script.main([*flags, *QUICK])
+    scores = ScoreTable.load(tmp_path / "run" / "scores").to_arrow().to_pandas()
+    assert sorted(scores.sample_id.value_counts()) == [2] * 7
+    assert "0 times an image did not decode" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--noise and --tiny need all captions at once"):
+        script.main([*flags, *QUICK, "--noise", "0.4"])
+
+
+def test_the_example_names_files():
+    assert example().expand("a/{008..010}-{1..2}.tar") == [f"a/{i:03}-{j}.tar" for i in (8, 9, 10) for j in (1, 2)]
+    assert example().expand("a/*.tar") == ["a/*.tar"]
