@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = mix_up(rows, script.text_column, script.noise, args.seed)
     model, tokenizer, processor = load_image_text_model(script.model, device="cpu")
     collator = PairCollator(tokenizer, processor, script.image_column, script.text_column, model=model)
+    collator.fixed_length = script.streaming and args.world_size > 1
     if not isinstance(rows, IterableDataset):
         cut = check_captions(rows, script.text_column, tokenizer, collator.max_length)["cut_captions"]
         print(f"{cut} captions are longer than {collator.max_length} tokens and cut off")

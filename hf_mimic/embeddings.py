@@ -86,7 +86,9 @@ def text_features(
     return torch.cat(found)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], *, context: int, full: bool) -> dict[str, Tensor]:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, context: int, full: bool, padding: str = "longest"
+) -> dict[str, Tensor]:
     """Return a batch of texts as an image-text model takes it.
 
     Args:
@@ -94,11 +96,12 @@ def tokenize(tokenizer: Any, texts: Sequence[str], *, context: int, full: bool) 
         texts: B texts.
         context: Tokens that a text may have; what is longer is cut off.
         full: Pad to `context` and give no mask; see `needs_full_length`.
+        padding: Otherwise pad to the "longest" of the batch, or to the "max_length", which is `context`.
 
     Returns:
         `input_ids` (B, L) and what else the tokenizer gives, an `attention_mask` for instance.
     """
-    padding = "max_length" if full else True
+    padding = "max_length" if full else padding
     options: dict[str, Any] = {"padding": padding, "truncation": True, "max_length": context, "return_tensors": "pt"}
     tokens = tokenizer_of(tokenizer)(list(texts), **options)
     return {"input_ids": tokens["input_ids"]} if full else dict(tokens)

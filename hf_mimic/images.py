@@ -73,6 +73,7 @@ def skip_unreadable(stream: IterableDataset, column: str = "image") -> tuple[Ite
 
     Images come as {"bytes", "path"}, for a `PairCollator`; each is decoded once more, to see whether it can be.
     """
+    check_column(stream, column)
     skipped = Skipped()
     return undecoded(stream, column).filter(_Decodes(skipped), input_columns=column), skipped
 
@@ -83,3 +84,10 @@ def undecoded(dataset: Any, column: str = "image") -> Any:
 
     images = dataset.features is not None and isinstance(dataset.features.get(column), Image)
     return dataset.cast_column(column, Image(decode=False)) if images else dataset
+
+
+def check_column(dataset: Any, column: str) -> None:
+    """Raise a `ValueError` if a data set, or a stream that knows its columns, does not have this one."""
+    names = dataset.column_names
+    if names is not None and column not in names:
+        raise ValueError(f"the data set must have the column {column!r}, got {', '.join(names)}. Name yours.")

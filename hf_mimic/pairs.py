@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_mimic.captions import TEXT
 from hf_mimic.data import SAMPLE_ID, UNREADABLE, add_sample_ids
 from hf_mimic.embeddings import context_length, count_cut, needs_full_length, tokenize, tokenizer_of
-from hf_mimic.images import as_rgb
+from hf_mimic.images import as_rgb, check_column
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -31,11 +31,12 @@ class PairCollator:
     """Make a batch of an image-text model from raw examples: decode, resize, tokenize.
 
     A Trainer must not remove the columns before: `remove_unused_columns=False`. Columns in `keep` are for the evaluation
-    data (`label_names=["image_id"]`); in the training data they would be handed to the model.
+    data (`label_names=["image_id"]`); in the training data they would be handed to the model. A stream
+    on several processes needs batches of one length, as accelerate shares them out: `collator.fixed_length = True`.
 
     Args:
         tokenizer: Of the model, or a processor that has it.
-        image_processor: Of the model.
+        image_processor: Of the model, or a processor that has it.
         image_column: PIL images of any mode, or {"bytes", "path"} of an image that is not decoded yet.
         text_column: Captions; of a list, the first that is not empty.
         max_length: Tokens of a caption; what is longer is cut off. By default the model's context.
@@ -58,7 +59,8 @@ class PairCollator:
         model: Any = None,
         keep: Sequence[str] = (),
     ) -> None:
-        self.tokenizer, self.image_processor = tokenizer_of(tokenizer), image_processor
+        self.tokenizer = tokenizer_of(tokenizer)
+        self.image_processor = getattr(image_processor, "image_processor", image_processor)
         self.image_column, self.text_column, self.keep = image_column, text_column, tuple(keep)
         allowed = self.tokenizer.model_max_length if model is None else context_length(model, tokenizer)
         self.max_length = allowed if max_length is None else max_length
@@ -67,7 +69,8 @@ class PairCollator:
                 "`max_length` must be given, as neither the tokenizer nor a model says how many tokens a caption may have. "
                 "Use 77 for CLIP, or pass the model."
             )
-        by_name = any(type(part).__name__.startswith("Siglip") for part in (self.tokenizer, image_processor))
+        by_name = any(type(part).__name__.startswith("Siglip") for part in (self.tokenizer, self.image_processor))
+        self.fixed_length = False
         self.full_length = by_name if model is None else needs_full_length(model)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -84,9 +87,13 @@ class PairCollator:
         kept = [name for name in self.keep if name in examples[0]]
         return {
             **self.image_processor(images, return_tensors="pt"),
-            **tokenize(self.tokenizer, texts, context=self.max_length, full=self.full_length),
+            **self._tokens(texts),
             **{name: torch.tensor([_integer(example[name], name) for example in examples]) for name in kept},  # (B,)
         }
+
+    def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        padding = "max_length" if self.fixed_length else "longest"
+        return tokenize(self.tokenizer, texts, context=self.max_length, full=self.full_length, padding=padding)
 
     def _image(self, example: Mapping[str, Any]) -> Any:
         try:
@@ -150,6 +157,7 @@ def drop_empty_captions(dataset: Rows, text_column: str = TEXT) -> tuple[Any, in
     """Return the rows with a caption, and how many have none; of a stream, that is not known yet: None."""
     from datasets import IterableDataset
 
+    check_column(dataset, text_column)
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_has_caption, input_columns=text_column), None
     full = [row for row, cell in enumerate(_column(dataset, text_column)) if _has_caption(cell)]
@@ -162,6 +170,7 @@ def _has_caption(cell: Any) -> bool:
 
 
 def _column(dataset: Dataset, column: str) -> list:
+    check_column(dataset, column)
     return dataset.with_format(None).select_columns([column])[column][:]
 
 

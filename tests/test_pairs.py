@@ -71,6 +71,17 @@ def test_padding_is_to_the_longest_or_to_full_length():
     assert "attention_mask" not in batch
 
 
+def test_batches_of_one_length_embed_the_same():
+    model, rows, collate = models.make("clip"), examples(image_text.rows(TEXTS)), collator()
+    with torch.no_grad():
+        short = model(**collate(rows)).text_embeds
+        collate.fixed_length = True
+        batch = collate(rows)
+        torch.testing.assert_close(model(**batch).text_embeds, short)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (6, 16)
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2, 5, 4, 3, 2]
+
+
 def test_siglip_is_known_by_its_image_processor():
     from transformers import SiglipImageProcessorPil
 
@@ -113,6 +124,15 @@ def test_deep_and_transparent_pictures():
     picture.putpalette([9, 8, 7])
     picture.info["transparency"] = b"\0"
     assert as_rgb(picture).getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_a_processor_has_both():
+    class Processor:
+        tokenizer, image_processor = image_text.tokenizer(), image_text.processor()
+
+    rows = examples(image_text.rows(TEXTS))
+    given, expected = PairCollator(Processor, Processor, max_length=16)(rows), collator()(rows)
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
 
 
 def test_it_goes_to_a_worker():
@@ -212,6 +232,12 @@ def test_images_are_decoded_once_to_look_and_once_to_use(monkeypatch):
     stream = hash_ids(skip_unreadable(streamed(image_text.rows(TEXTS)))[0], "text")
     collator()(list(drop_empty_captions(stream)[0]))
     assert len(calls) == 2 * 6
+
+
+@pytest.mark.parametrize("use", [drop_empty_captions, skip_unreadable, lambda rows, name: hash_ids(rows, name)])
+def test_a_column_that_a_stream_does_not_have(use):
+    with pytest.raises(ValueError, match=r"must have the (key )?columns? '?caption'? ?.*, got image, text"):
+        use(streamed(image_text.rows(TEXTS)), "caption")
 
 
 # ---- ids -----------------------------------------------------------------------------------------------------------
