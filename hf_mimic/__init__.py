@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hf_mimic.arguments import MimicTrainingArguments
     from hf_mimic.filters import ThresholdFilter, TrustFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
+    from hf_mimic.pairs import PairCollator
     from hf_mimic.samplers import DISSectBatchSampler
     from hf_mimic.scores import ScoreTable, attach_scores
     from hf_mimic.scoring import score_dataset
@@ -20,6 +21,7 @@ _HOMES = {
     "DISSectBatchSampler": "samplers",
     "MimicTrainer": "trainer",
     "MimicTrainingArguments": "arguments",
+    "PairCollator": "pairs",
     "ScoreTable": "scores",
     "ThresholdFilter": "filters",
     "TrustFilter": "filters",
@@ -34,6 +36,7 @@ __all__ = [
     "DISSectBatchSampler",
     "MimicTrainer",
     "MimicTrainingArguments",
+    "PairCollator",
     "ScoreTable",
     "ThresholdFilter",
     "TrustFilter",

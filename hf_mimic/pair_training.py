@@ -35,8 +35,9 @@ def train_pairs(options: DataArguments, args: Any) -> dict[str, Any]:
         The lines of a table, name to value; of a run on several processes, none but for the first.
 
     Raises:
-        ValueError: If no strategy is chosen and there is no reference, a column or its kind does not fit, no caption or
-            no image is left, an image does not decode (its row is named), or the model does not embed images and texts.
+        ValueError: If no strategy is chosen and there is no reference, a column or its kind does not fit, no caption
+            or no image is left, an image does not decode (its row is named), or the model does not embed images and
+            texts.
     """
     _check_options(options, args)
     model, tokenizer, processor = load_image_text_model(options.model, device="cpu")  # the Trainer moves it

@@ -30,9 +30,9 @@ _NO_LIMIT = 10**6  # a tokenizer that does not know its model says 10^30
 class PairCollator:
     """Make a batch of an image-text model from raw examples: decode, resize, tokenize.
 
-    A Trainer must not remove the columns before: `remove_unused_columns=False`. Columns in `keep` are for the evaluation
-    data (`label_names=["image_id"]`); in the training data they would be handed to the model. A stream
-    on several processes needs batches of one length, as accelerate shares them out: `collator.fixed_length = True`.
+    A Trainer must not remove the columns before: `remove_unused_columns=False`. Columns in `keep` are for the
+    evaluation data (`label_names=["image_id"]`); in the training data they would be handed to the model. A stream on
+    several processes needs batches of one length, as accelerate shares them out: `collator.fixed_length = True`.
 
     Args:
         tokenizer: Of the model, or a processor that has it.
@@ -66,8 +66,8 @@ class PairCollator:
         self.max_length = allowed if max_length is None else max_length
         if self.max_length > _NO_LIMIT:
             raise ValueError(
-                "`max_length` must be given, as neither the tokenizer nor a model says how many tokens a caption may have. "
-                "Use 77 for CLIP, or pass the model."
+                "`max_length` must be given, as neither the tokenizer nor a model says how many tokens a caption may "
+                "have. Use 77 for CLIP, or pass the model."
             )
         by_name = any(type(part).__name__.startswith("Siglip") for part in (self.tokenizer, self.image_processor))
         self.fixed_length = False
@@ -100,8 +100,8 @@ class PairCollator:
             return as_rgb(_cell(example, self.image_column))
         except UNREADABLE as error:
             raise ValueError(
-                f"every image must decode, got one that does not: {error}. Drop it (hf_mimic.data.drop_unreadable, of a "
-                "stream hf_mimic.images.skip_unreadable, or --on_error skip)."
+                f"every image must decode, got one that does not: {error}. Drop it (hf_mimic.data.drop_unreadable, "
+                "of a stream hf_mimic.images.skip_unreadable, or --on_error skip)."
             ) from error
 
     def _text(self, example: Mapping[str, Any]) -> str:
@@ -181,8 +181,8 @@ def hash_ids(dataset: Rows, column: str | Sequence[str], into: str = SAMPLE_ID) 
     """Return the data set with int64 ids made from string keys, the `__key__` of a webdataset for instance.
 
     A stream needs them: `map(with_indices=True)` counts anew in every shard that a worker or a process reads. That any
-    two of n keys get the same id has a chance of about n^2 / 2^65: 3e-8 for a million, 3 % for a billion. Of a stream no
-    one notices, and the two then share one row of scores.
+    two of n keys get the same id has a chance of about n^2 / 2^65: 3e-8 for a million, 3 % for a billion. Of a stream
+    no one notices, and the two then share one history of scores.
 
     Args:
         dataset: With keys; of a stream, its images are best left undecoded (`undecoded`).
@@ -190,7 +190,8 @@ def hash_ids(dataset: Rows, column: str | Sequence[str], into: str = SAMPLE_ID) 
         into: Name of the new column.
 
     Raises:
-        ValueError: If a key is not a string, the new column is there already, or two rows of a data set have the same id.
+        ValueError: If a key is not a string, the new column is there already, or two rows of a data set have the
+            same id.
     """
     from datasets import Features, IterableDataset, Value
 
@@ -198,7 +199,8 @@ def hash_ids(dataset: Rows, column: str | Sequence[str], into: str = SAMPLE_ID) 
     names = dataset.column_names
     if names is not None and (into in names or not set(columns) <= set(names)):
         raise ValueError(
-            f"the data set must have the key columns {', '.join(columns)} and no column {into!r}, got {', '.join(names)}."
+            f"the data set must have the key columns {', '.join(columns)} and no column {into!r}, got "
+            f"{', '.join(names)}."
         )
     if isinstance(dataset, IterableDataset):
         known = dataset.features
