@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_mimic.finite import without_trace
@@ -76,7 +77,9 @@ class Engine:
         self.accelerator = trainer.accelerator
         self.processes = self.accelerator.num_processes
         self.sharded = self.compiled = False
-        self.even = bool(self.accelerator.even_batches)  # whether all processes' batches have as many rows
+        # Whether all processes' batches have as many rows: not those of a stream that each process reads for itself.
+        alone = isinstance(trainer.train_dataset, IterableDataset) and self.accelerator.dispatch_batches is False
+        self.even = bool(self.accelerator.even_batches) and not alone
         self.parameters: list[Tensor] = []
 
     def prepared(self, model: nn.Module) -> None:
