@@ -18,11 +18,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from dissect_runs import EPOCHS, LAYERS, METHODS, WARMUP, quiet, reference_of, scores, train
+from dissect_runs import EPOCHS, LAYERS, METHODS, WARMUP, reference_of, scores, train
 from dissect_settings import load_pairs
 from dissect_tables import figure, limits, tables
 from dissect_time import time_table
 from tqdm.auto import tqdm
+from turns import quiet
 
 MAIN = ("full", "random", "random after warm-up", "DISSect warm-up")
 OTHER_NOISE = (*MAIN, "DISSect momentum", "small loss", "CLIPScore", "coreset CLIPScore (reference)")

@@ -14,14 +14,14 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from bench_scoring import resident
 from transformers import CLIPConfig, CLIPModel, TrainerCallback
+from turns import QUIET, quiet, take_turns
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
 
@@ -51,9 +51,7 @@ class Steps(TrainerCallback):
 
 
 def make_trainer(folder: Path, way: str, quick: bool) -> tuple[MimicTrainer, Steps]:
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
+    quiet()
     torch.manual_seed(0)
     width, image = (64, 32) if quick else (256, 112)
     block = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -66,12 +64,7 @@ def make_trainer(folder: Path, way: str, quick: bool) -> tuple[MimicTrainer, Ste
     ]
     args = MimicTrainingArguments(
         str(folder / way),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
+        **QUIET,
         max_steps=STEPS + 1,
         strategy="uniform",
         **WAYS[way],
@@ -79,6 +72,13 @@ def make_trainer(folder: Path, way: str, quick: bool) -> tuple[MimicTrainer, Ste
     trainer, steps = MimicTrainer(model, args, train_dataset=rows), Steps()
     trainer.add_callback(steps)
     return trainer, steps
+
+
+def train(trainer: MimicTrainer, steps: Steps) -> float:
+    """Train once; return the seconds of a step."""
+    steps.seconds.clear()
+    trainer.train()
+    return median(steps.seconds)
 
 
 def memory(folder: Path, way: str, quick: bool, queue: multiprocessing.Queue) -> None:
@@ -105,14 +105,7 @@ def main() -> int:
             peaks[way] = queue.get()
             process.join()
         trainers = {way: make_trainer(root, way, options.quick) for way in WAYS}
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
-        for turn in range(rounds + 1):
-            for way in sorted(WAYS, reverse=bool(turn % 2)):
-                trainer, steps = trainers[way]
-                steps.seconds.clear()
-                trainer.train()
-                if turn:  # the first one warms up
-                    times[way].append(median(steps.seconds))
+        times = take_turns({way: partial(train, *trainers[way]) for way in WAYS}, rounds)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(f"torch {torch.__version__}, {PAIRS} pairs per step, {rounds} turns of {STEPS} steps")

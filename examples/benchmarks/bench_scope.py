@@ -19,6 +19,7 @@ import torch
 import transformers
 from ranks import run_ranks
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from turns import QUIET
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
 
@@ -48,12 +49,7 @@ def make_trainer(folder: str, scope: str, size: str) -> tuple[MimicTrainer, Step
     rows = [{"pixel_values": torch.randn(3, image, image), "labels": i % 100, "sample_id": i} for i in range(64)]
     args = MimicTrainingArguments(
         f"{folder}/{scope}",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
+        **QUIET,
         per_device_train_batch_size=batch,
         max_steps=STEPS + 1,
         learning_rate=1e-5,

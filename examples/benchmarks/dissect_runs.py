@@ -6,14 +6,13 @@ Read `METHODS`, then `train`.
 import math
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from dissect_settings import SHIFTED, Pairs, Rows, Study, load_pairs
 from transformers import CLIPModel
+from turns import QUIET, quiet
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
 from hf_mimic.metrics import detection, recall
@@ -48,13 +47,6 @@ LAYERS = {
 }
 
 
-def quiet() -> None:
-    """Let one process use one core, and say nothing."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-
-
 def recalls(model: CLIPModel, pairs: Pairs) -> dict[str, float]:
     """Return the recalls and RSum of held-out pairs."""
     model.eval()
@@ -82,12 +74,7 @@ def fit(model: CLIPModel, pairs: Pairs, folder: str, seed: int, *, epochs: float
     steps, reference = math.ceil(len(pairs) / BATCH) * epochs, options.pop("reference", None)
     args = MimicTrainingArguments(
         folder,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
+        **QUIET,
         per_device_train_batch_size=BATCH,
         num_train_epochs=epochs,
         learning_rate=RATE,

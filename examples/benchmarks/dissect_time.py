@@ -3,14 +3,15 @@
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from datasets import Dataset, load_dataset
-from dissect_runs import quiet
 from dissect_tables import table
 from transformers import CLIPConfig, CLIPModel, TrainerCallback
+from turns import QUIET, quiet, take_turns
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
 from hf_mimic.data import add_sample_ids
@@ -42,6 +43,13 @@ class Epochs(TrainerCallback):
         self.begun = now
 
 
+def train(trainer: MimicTrainer, epochs: Epochs) -> float:
+    """Train once; return the seconds of an epoch."""
+    epochs.begun, epochs.seconds = 0.0, []
+    trainer.train()
+    return median(epochs.seconds)
+
+
 def time_table(quick: bool, data: Path) -> tuple[str, list[str], list[dict]]:
     """Return the table, the limits that do not hold, and the times.
 
@@ -53,14 +61,7 @@ def time_table(quick: bool, data: Path) -> tuple[str, list[str], list[dict]]:
     root = Path(tempfile.mkdtemp())
     try:
         trainers = {name: _trainer(rows, root / str(n), plan[0]) for n, (name, plan) in enumerate(PLANS.items())}
-        times: dict[str, list[float]] = {name: [] for name in PLANS}
-        for turn in range(rounds + 1):
-            for name in sorted(PLANS, reverse=bool(turn % 2)):
-                trainer, epochs = trainers[name]
-                epochs.begun, epochs.seconds = 0.0, []
-                trainer.train()
-                if turn:  # the first one warms up
-                    times[name].append(median(epochs.seconds))
+        times = take_turns({name: partial(train, *trainers[name]) for name in PLANS}, rounds)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     lines, broken, results = [], [], []
@@ -105,12 +106,7 @@ def _trainer(rows: Dataset, folder: Path, options: dict) -> tuple[MimicTrainer, 
     model = CLIPModel(CLIPConfig(**shape, projection_dim=128))
     args = MimicTrainingArguments(
         str(folder),
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
+        **QUIET,
         per_device_train_batch_size=BATCH,
         num_train_epochs=EPOCHS,
         **options,
