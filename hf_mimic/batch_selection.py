@@ -5,11 +5,13 @@ Read `BatchSelection`: its methods come in the order in which a run calls them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import seed_worker
 
 from hf_mimic.candidates import Candidates
+from hf_mimic.data import SampleIdDataset
 from hf_mimic.dissect import DISSect, keep_count
 from hf_mimic.losses import clip_score, model_inputs
 from hf_mimic.micro_batch import MicroBatch
@@ -87,8 +90,11 @@ class BatchSelection:
         if self.rule is not None:
             options |= {"refresh": "epoch", "rescore_share": args.rescore_share}
             return DISSectBatchSampler(sampler, batch_size, rule=self.rule, **options)
-        keeper = partial(KEEPERS[self.strategy], rate=self.rate, epochs=args.num_train_epochs)
+        keeper = self._keeper(args.num_train_epochs)  # see `begin_run`
         return SubsetBatchSampler(sampler, batch_size, keeper=keeper, seed=args.seed, **options)
+
+    def _keeper(self, epochs: float) -> Callable[..., Any]:
+        return partial(KEEPERS[self.strategy], rate=self.rate, epochs=epochs)
 
     def _loader_options(self) -> dict[str, Any]:
         args = self.args
@@ -106,8 +112,17 @@ class BatchSelection:
 
     def begin_run(self, *, resumed: bool) -> None:
         """Forget an earlier run; take what the reference said of the samples, for a coreset."""
+        epochs = self.trainer.state.num_train_epochs  # with `max_steps` the argument says nothing
         if self.rule is not None and not resumed:
             self.rule.forget()
+        if self.rule is not None and self.rule.variant == "warmup" and epochs <= self.rule.warmup_epochs:
+            warnings.warn(
+                f"the run must be longer than the warm-up for DISSect to choose anything, got {epochs} epochs and "
+                f"warmup_epochs={self.rule.warmup_epochs}. Use more epochs, fewer warmup_epochs, or "
+                'variant="momentum".'
+            )
+        if isinstance(self.sampler, SubsetBatchSampler) and self.args.max_steps > 0:
+            self.sampler.keeper = self._keeper(epochs)
         reference = self.trainer.reference_scores
         if self.strategy in ("ref_clip_score", "ref_clip_loss") and self.sampler is not None:
             values = reference.clip_scores if self.strategy == "ref_clip_score" else -reference.losses
@@ -164,6 +179,7 @@ class BatchSelection:
 
         Raises:
             FileNotFoundError: If it has none.
+            ValueError: If that is of another way of choosing.
         """
         owner = self.rule if self.sampler is None else self.sampler
         if owner is None:
@@ -174,7 +190,14 @@ class BatchSelection:
                 f'strategy="{self.strategy}" goes on from the scores of earlier epochs, {path} is missing. Resume from '
                 "another checkpoint, or begin a new run."
             )
-        owner.load_state_dict(_nested(load_file(str(path))))
+        state = _nested(load_file(str(path)))
+        if set(state) != set(owner.state_dict()):
+            raise ValueError(
+                "a checkpoint's history can be gone on with by the same way of choosing only, got "
+                f'strategy="{self.strategy}", refresh="{self.args.refresh}" and {path} of another one. Resume with the '
+                "settings of the checkpoint, or begin a new run."
+            )
+        owner.load_state_dict(state)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -216,15 +239,22 @@ def _ids_of(dataset: Any) -> Tensor:
     """Return the sample ids (N,) without loading a sample.
 
     Raises:
-        ValueError: If the data set does not say them.
+        ValueError: If the data set does not say them, or not one whole number for each of its rows.
     """
-    ids = getattr(dataset, "ids", getattr(dataset, "sample_ids", None))
+    # NOTE: a data set may have `ids` of its own that mean something else, as torchvision's CocoDetection has.
+    ids = dataset.ids if isinstance(dataset, SampleIdDataset) else getattr(dataset, "sample_ids", None)
     if ids is None:
         raise ValueError(
             "a data set of which batches are chosen before loading must be a datasets.Dataset with ids, or have an "
             f"attribute `sample_ids` (N,), got {type(dataset).__name__} without."
         )
-    return torch.as_tensor(ids, dtype=torch.int64)
+    found = np.asarray(ids)
+    if found.dtype.kind not in "iu" or found.shape != (len(dataset),) or len(np.unique(found)) < len(found):
+        raise ValueError(
+            f"`sample_ids` must be different integers ({len(dataset)},), one for each row, got {found.dtype} of shape "
+            f"{found.shape}, {len(np.unique(found))} of them different. They are the `sample_id` of the items."
+        )
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def _check(trainer: Any, in_epochs: bool) -> None:

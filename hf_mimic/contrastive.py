@@ -126,8 +126,9 @@ def contrastive_loss(loss_fn: PerSampleLoss, model: nn.Module, trainer: Any) -> 
     if loss_fn not in (clip_contrastive, siglip_sigmoid):
         if special:
             raise ValueError(
-                f"`{special[0]}` must be False for a model without image-text pairs, got True with "
-                f"{type(model).__name__}."
+                f"`{special[0]}` must be False without the model's own loss of image-text pairs, got True with "
+                f"{type(model).__name__} and {getattr(loss_fn, '__name__', type(loss_fn).__name__)}. Leave out `loss_fn` "
+                "if you gave one."
             )
         return loss_fn
     processes = accelerator.num_processes if args.gather_negatives else 1

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,12 @@ class ThresholdFilter(BaseEstimator):
                 "(`s > 0`, or --min_score 0)."
             )
         samples, weights = samples[known], weights[known]
+        if isinstance(scores, ScoreTable) and np.ptp(weights) <= 1e-6 * weights.max():
+            warnings.warn(
+                "the threshold filter must have weights that differ, got equal ones only: the run chose its samples (see "
+                "`clip_score`, `loss` and `kept`) or trained plainly, and this filter tells them not apart. Filter by one "
+                "of these columns, or score with a reference."
+            )
         least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
         votes = np.bincount(samples, minlength=size)
         keep = np.bincount(samples, weights >= least, minlength=size)

@@ -89,7 +89,7 @@ class MimicTrainer(ResumingTrainer):
         self.data_collator = SampleIdCollator(self.data_collator, args.sample_id_column)
         self.can_return_loss = True  # the evaluation loss is ours too, also for models that are called without labels
         smoothing = args.label_smoothing_factor if self.label_smoother else 0.0  # the Trainer may have switched it off
-        self.loss_fn = loss_fn or contrastive_loss(loss_for_model(self.model, smoothing), self.model, self)
+        self.loss_fn = contrastive_loss(loss_fn or loss_for_model(self.model, smoothing), self.model, self)
         self.couples, self.ledger = couples(self.loss_fn), Ledger()
         self.reference = ReferenceSetup(self, args.reference_model if reference_model is None else reference_model)
         self.reference_scores: ReferenceScores | None = None

@@ -81,7 +81,7 @@ def test_three_epochs_follow_the_paper_s_rule(variant, warmup_data, tmp_path):
 
 @pytest.mark.parametrize("strategy", STEP)
 def test_every_strategy_keeps_the_best_of_a_batch(strategy, tmp_path):
-    trainer = run(tmp_path, strategy, num_train_epochs=1, warmup_data="selected")
+    trainer = run(tmp_path, strategy, num_train_epochs=1, variant="momentum")
     rows = trainer.scores.to_arrow().to_pandas()
     assert [len(ids) for ids in chosen(trainer)] == [4, 4, 4, 4, 4, 2]
     assert rows.kept.tolist() == (~rows.relative_weight.isna()).astype(float).tolist()
@@ -162,7 +162,7 @@ def test_accumulated_micro_batches_are_chosen_from_one_by_one(tmp_path):
 
 def test_chosen_pairs_of_a_cached_step(tmp_path):
     """16 candidates at once, and 4 x 4 of which 2 are chosen each: the same gradient if the same are chosen."""
-    options = {"num_train_epochs": 1, "warmup_data": "selected", "mimic_layers": "all", "self_check_steps": 1}
+    options = {"num_train_epochs": 1, "variant": "momentum", "mimic_layers": "all", "self_check_steps": 1}
     cached = run(tmp_path, "dissect", cache_negatives=True, gradient_accumulation_steps=2, **options)
     assert [len(ids) for ids in chosen(cached)] == [8, 8, 6]
     assert cached.ledger.counts["samples_scored"] == SIZE + 22
@@ -315,3 +315,83 @@ def test_samples_without_ids(tmp_path):
     trainer = prepare(CLIP, tmp_path, rows=rows, strategy="dissect", record_scores=False)
     with pytest.raises(ValueError, match="needs an integer `sample_id` with every example, got none"):
         trainer.train()
+
+
+# ---- said instead of done silently ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path):
+    with pytest.warns(UserWarning, match=r"longer than the warm-up .* got 2 epochs and warmup_epochs=2"):
+        run(tmp_path / "a", "dissect", num_train_epochs=2, warmup_epochs=2)
+    with pytest.warns(UserWarning, match="got 1 epochs"):
+        run(tmp_path / "b", "dissect", max_steps=3)
+    run(tmp_path / "c", "dissect", num_train_epochs=1, variant="momentum")
+
+
+def test_info_batch_anneals_at_the_end_of_max_steps(tmp_path):
+    """The Trainer pays no heed to `num_train_epochs` where there is `max_steps`; nor does the share kept."""
+    steps, epochs = (
+        run(tmp_path / "a", "info_batch", max_steps=36, num_train_epochs=1),
+        run(tmp_path / "b", "info_batch", num_train_epochs=6),
+    )
+    assert chosen(steps) == chosen(epochs)
+    assert len(steps.scores.to_arrow()) < 5 * SIZE
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Rows with ids, an `ids` that means something else, and maybe `sample_ids`."""
+
+    def __init__(self, **attributes):
+        self.ids = ["of something else"] * SIZE
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        return ROWS[int(index)]
+
+
+def test_ids_of_a_data_set_of_one_s_own(tmp_path):
+    ids = torch.arange(FIRST, FIRST + SIZE)
+    options = {"refresh": "epoch", "num_train_epochs": 2}
+    own, hub = (
+        run(tmp_path / "a", "dissect", rows=Pairs(sample_ids=ids), **options),
+        run(tmp_path / "b", "dissect", **options),
+    )
+    assert chosen(own) == chosen(hub)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, r"or have an attribute `sample_ids` \(N,\), got Pairs without"),
+        ({"sample_ids": list(range(10))}, r"different integers \(44,\), one for each row, got int64 of shape \(10,\)"),
+        ({"sample_ids": [0.5 + i for i in range(SIZE)]}, "got float64"),
+        ({"sample_ids": [str(i) for i in range(SIZE)]}, "must be different integers"),
+        ({"sample_ids": [i // 2 for i in range(SIZE)]}, "22 of them different"),
+    ],
+)
+def test_ids_that_are_none(tmp_path, attributes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "dissect", rows=Pairs(**attributes), refresh="epoch")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"refresh": "epoch"}, {"refresh": "step"}),
+        ({"refresh": "step"}, {"refresh": "epoch"}),
+        ({"refresh": "epoch"}, {"strategy": "scan", "selection_rate": 0.6}),
+    ],
+)
+def test_a_checkpoint_of_another_way_of_choosing(tmp_path, before, after):
+    options = {"family": "clip", "strategy": "dissect", "save_steps": 1}
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, kill=9, **{**options, **before}).train()
+    again = trainer_of(tmp_path, **{**options, **after})
+    with (
+        pytest.warns(UserWarning, match="resumed with other settings"),
+        pytest.raises(ValueError, match="by the same way of choosing only, got strategy="),
+    ):
+        again.train(resume_from_checkpoint=True)

@@ -220,9 +220,8 @@ def test_the_scale_of_a_sigmoid_loss_is_free():
 
 @pytest.mark.parametrize("name", ["cache_negatives", "multi_positive"])
 def test_only_for_image_text_pairs(name, tmp_path):
-    with pytest.raises(
-        ValueError, match=f"`{name}` must be False for a model without image-text pairs, got True with"
-    ):
+    message = f"`{name}` must be False without the model's own loss of image-text pairs, got True with ViTForImage"
+    with pytest.raises(ValueError, match=message):
         prepare(models.make("vit"), tmp_path, rows=rows_of(models.make_batch("vit")), **{name: True})
 
 
@@ -274,3 +273,13 @@ def test_evaluation_with_image_ids(tmp_path):
     trainer.compute_metrics = lambda p: seen.append(p) or {}
     trainer.evaluate(rows)
     assert seen[0].label_ids.tolist() == [i // 2 for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("option", ["cache_negatives", "multi_positive"])
+def test_a_loss_of_one_s_own_is_not_made_over(option, tmp_path):
+    arguments = {"loss_fn": lambda outputs, batch: clip_contrastive(outputs, batch)}
+    with pytest.raises(ValueError, match=f"`{option}` must be False without the model's own loss of image-text pairs"):
+        prepare(models.make("clip"), tmp_path, arguments=arguments, **{option: True})
+    given = prepare(models.make("clip"), tmp_path, arguments={"loss_fn": clip_contrastive}, **{option: True})
+    assert isinstance(given.loss_fn, ContrastiveLoss)
+    assert given.loss_fn.multi_positive == (option == "multi_positive")

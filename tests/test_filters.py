@@ -66,8 +66,9 @@ def test_the_order_is_that_of_the_aggregated_table():
 @pytest.mark.parametrize("batch", [32, 41, 47, 55, 110])  # float32: 1/41 * 41 < 1
 def test_uniform_weights_are_all_kept(batch):
     relative = np.full(batch, np.float32(1 / batch) * np.float32(batch))
-    assert ThresholdFilter().fit_predict(table_of(relative[:, None])).all()
-    assert not ThresholdFilter(1.001).fit_predict(table_of(relative[:, None])).any()
+    with pytest.warns(UserWarning, match="must have weights that differ, got equal ones only"):
+        assert ThresholdFilter().fit_predict(table_of(relative[:, None])).all()
+    assert not ThresholdFilter(1.001).fit_predict(relative[:, None]).any()
 
 
 def test_it_is_a_scikit_learn_estimator():

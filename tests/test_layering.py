@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "candidates": {"dissect", "finite", "losses", "micro_batch", "mimic", "selection"},
     "batch_selection": {
         "candidates",
+        "data",
         "dissect",
         "losses",
         "micro_batch",
