@@ -27,6 +27,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "warmup_data": ("full", "selected"),
 }
 
+_RATES = {"scan": 0.7}  # where it is not half of the samples
+
 
 @dataclass
 class MimicTrainingArguments(TrainingArguments):
@@ -54,7 +56,7 @@ class MimicTrainingArguments(TrainingArguments):
             chose), "scan", "info_batch", "ref_clip_score" and "ref_clip_loss" (a coreset, once). No reference is needed
             for "uniform", "small_loss" and those that only choose, but for the last two and "dissect_mimic".
         selection_rate: Share of each batch to train on, the best by the strategy, with equal weights; by default 0.5 for the
-            strategies that only choose and 1 for the others.
+            strategies that only choose (0.7 for "scan") and 1 for the others.
         refresh: When DISSect and "random" choose: "step" (in the step, from the scores of the present model, as in the
             paper) or "epoch" (before loading, from scores of earlier epochs, so that the rest costs nothing).
         variant: Of DISSect: "warmup" (history is the score at the end of the warm-up) or "momentum" (a moving average).
@@ -116,7 +118,12 @@ class MimicTrainingArguments(TrainingArguments):
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         if self.selection_rate is None:
-            self.selection_rate = 0.5 if self.strategy in ONLY_SELECT else 1.0
+            self.selection_rate = _RATES.get(self.strategy, 0.5) if self.strategy in ONLY_SELECT else 1.0
+        if self.strategy == "uniform" and self.selection_rate < 1:
+            raise ValueError(
+                f'`selection_rate` must be 1 with strategy="uniform", which trains on everything, got {self.selection_rate}. '
+                'Use strategy="random" to train on a random share.'
+            )
         if not 0 < self.selection_rate <= 1:
             raise ValueError(
                 f"`selection_rate` must be in (0, 1], got {self.selection_rate}. Use 1.0 to train on every sample."

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset
 from tqdm.auto import tqdm
 from transformers.trainer_utils import seed_worker
 
-from hf_mimic.candidates import Candidates
+from hf_mimic.candidates import Candidates, FiniteForward
 from hf_mimic.data import SampleIdDataset
 from hf_mimic.dissect import DISSect, keep_count
 from hf_mimic.losses import clip_score, model_inputs
@@ -29,7 +29,7 @@ from hf_mimic.mimic import eval_mode
 from hf_mimic.padding import EvenBatches
 from hf_mimic.samplers import DISSectBatchSampler
 from hf_mimic.selection import DISSECT, RANKINGS, SUBSETS
-from hf_mimic.subsets import KEEPERS, SubsetBatchSampler
+from hf_mimic.subsets import KEEPERS, LEAST_SCAN_RATE, SubsetBatchSampler
 
 HISTORY_NAME = "selection_history.safetensors"
 
@@ -60,7 +60,7 @@ class BatchSelection:
     def _rule(self) -> DISSect:
         args = self.args
         options = {name: getattr(args, name) for name in ("variant", "momentum", "warmup_epochs", "warmup_data")}
-        return DISSect(self.rate, seed=args.seed, **options)
+        return DISSect(self.rate, least=2 if self.trainer.couples else 1, seed=args.seed, **options)
 
     # ---- the loader ------------------------------------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ class BatchSelection:
         trainer.ledger.add(samples_decoded=len(mine), samples_scored=len(mine))
         self.sampler.update(*trainer.engine.gather_columns(*found, even=True), rescored=True)
 
-    def keep(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> MicroBatch:
+    def keep(self, part: MicroBatch, finite: FiniteForward) -> MicroBatch:
         """Return what is trained on of a micro-batch; see `Candidates.keep`."""
-        return part if self.candidates is None else self.candidates.keep(part, told)
+        return part if self.candidates is None else self.candidates.keep(part, finite)
 
     def learn(self, ids: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Take note of what training said of samples (b,), for the epochs to come."""
@@ -276,6 +276,11 @@ def _check(trainer: Any, in_epochs: bool) -> None:
         raise ValueError(
             f'`refresh`="epoch" must come with dissect, dissect_mimic or random, got strategy="{strategy}", which needs the '
             'scores of the present weights. Use refresh="step".'
+        )
+    if strategy == "scan" and args.rate < LEAST_SCAN_RATE:
+        raise ValueError(
+            f'`selection_rate` must be {LEAST_SCAN_RATE} at least with strategy="scan", which drops in the mean no more than '
+            f"that leaves, got {args.rate}. The paper keeps 0.65 to 0.7."
         )
     kept = keep_count(args.per_device_train_batch_size, args.rate)
     if trainer.couples and kept < 2:

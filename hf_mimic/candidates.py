@@ -6,17 +6,20 @@ Read `Candidates.keep`: score the candidates without gradient in eval mode, choo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_mimic.dissect import DISSect, keep_count, tie_keys, top
-from hf_mimic.finite import without_trace
+from hf_mimic.finite import Forward, without_trace
 from hf_mimic.losses import clip_score
 from hf_mimic.micro_batch import MicroBatch
-from hf_mimic.mimic import eval_mode, mimic_forward
+from hf_mimic.mimic import MimicForward, eval_mode, mimic_forward
 from hf_mimic.selection import RANKINGS, BatchSignals
+
+FiniteForward = Callable[[MicroBatch, Forward, Forward], tuple[MimicForward | None, MimicForward, Tensor]]
 
 
 class Candidates:
@@ -30,14 +33,13 @@ class Candidates:
     def __init__(self, trainer: Any, rule: DISSect | None) -> None:
         self.trainer, self.args, self.engine, self.rule = trainer, trainer.args, trainer.engine, rule
         self.strategy: str = trainer.strategy
-        self._least = 2 if trainer.couples else 1  # one pair has no negative
 
-    def keep(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> MicroBatch:
+    def keep(self, part: MicroBatch, finite: FiniteForward) -> MicroBatch:
         """Return the micro-batch that is trained on; the rest goes into the score table.
 
         Args:
             part: The candidates, B of them on every process.
-            told: Adds a word on repeated rows, for a loss that needs one.
+            finite: Runs a micro-batch, without the samples that are not finite.
         """
         size, epoch = len(part), self.trainer.current_pass
         if part.ids is None:
@@ -47,8 +49,7 @@ class Candidates:
             )
         if self._history_comes_later(epoch):
             return part
-        columns = self._columns(part, told)
-        count = min(size, max(self._least, keep_count(size, self.args.rate)))
+        columns = self._columns(part, finite)
         if "clip_score" not in columns and (self.rule is not None or self.strategy == "clip_score"):
             raise ValueError(
                 f'strategy="{self.strategy}" needs image-text pairs: a model whose outputs have `image_embeds` and '
@@ -57,10 +58,12 @@ class Candidates:
         if self.rule is not None:
             self.rule.set_epoch(epoch)
             scores = columns["clip_score"]
-            kept = self.rule.choose(part.ids, scores, valid=part.counted, least=self._least)
+            kept = self.rule.choose(part.ids, scores, valid=part.counted)
             self.rule.update(*self.engine.gather_columns(part.ids, scores.where(part.everything, torch.nan)))
         else:
             ranks = RANKINGS[self.strategy](self._signals(part, columns)).where(part.everything, torch.nan)
+            least = 2 if self.trainer.couples else 1  # one pair has no negative
+            count = min(size, max(least, keep_count(size, self.args.rate)))
             kept = top(ranks, tie_keys(part.ids, seed=self.args.seed, epoch=epoch), count)
         self._record_rest(part, columns, kept)
         self.trainer.ledger.add(samples_scored=size if columns else 0)
@@ -74,19 +77,24 @@ class Candidates:
             return False
         return epoch < rule.warmup_epochs - 1
 
-    def _columns(self, part: MicroBatch, told: Callable[[MicroBatch], MicroBatch]) -> dict[str, Tensor]:
+    def _columns(self, part: MicroBatch, finite: FiniteForward) -> dict[str, Tensor]:
         """Return what the ranking needs to know, by a forward pass of the candidates if it needs one: (B,) each."""
-        model, loss_fn = self.trainer.model, self.trainer.loss_fn
+        model = self.trainer.model
         if self.strategy in ("random", "ref_loss", "trust"):
             return {}
         direction = self.trainer.direction() if self.strategy == "mimic" else None
+        run = partial(mimic_forward, model, direction=direction, loss_fn=self.trainer.loss_fn)
         with without_trace(model), eval_mode(model):
-            forward = mimic_forward(model, told(part).inputs, direction, loss_fn)
-        columns = {"loss": forward.losses.to(forward.scores.dtype)}
-        if direction is not None:
-            columns["mimic_score"] = forward.scores
+            second, forward, valid = finite(part, run, run)
+        columns = {}
         if hasattr(forward.outputs, "image_embeds"):
-            columns["clip_score"] = clip_score(forward.outputs)
+            columns["clip_score"] = clip_score(
+                forward.outputs
+            )  # of each pair alone: one that is broken spoils no other
+        for name in ("loss",) if direction is None else ("loss", "mimic_score"):
+            columns[name] = forward.scores.new_full(valid.shape, torch.nan)
+            if second is not None:
+                columns[name][valid] = (second.losses if name == "loss" else second.scores).to(columns[name])
         return columns
 
     def _signals(self, part: MicroBatch, columns: dict[str, Tensor]) -> BatchSignals:

@@ -79,6 +79,7 @@ class DISSect:
         momentum: beta of history <- beta history + (1 - beta) current.
         warmup_epochs: How long the warm-up lasts.
         warmup_data: What to train on meanwhile: "full" batches, or a random share "selected" (the official code).
+        least: How many to keep at least: a pair alone in a contrastive loss has no negative.
         seed: Settles ties.
 
     Raises:
@@ -96,6 +97,7 @@ class DISSect:
         momentum: float = 0.9,
         warmup_epochs: int = 1,
         warmup_data: str = "full",
+        least: int = 1,
         seed: int = 0,
     ) -> None:
         check_range(
@@ -103,15 +105,16 @@ class DISSect:
         )
         check_choice("variant", variant, ("warmup", "momentum"))
         check_range(0 <= momentum < 1, "momentum", "in [0, 1)", momentum, "Use 0.9, as in the paper.")
-        least = 1 if variant == "warmup" else 0
-        allowed = isinstance(warmup_epochs, int) and warmup_epochs >= least
+        first = 1 if variant == "warmup" else 0
+        allowed = isinstance(warmup_epochs, int) and warmup_epochs >= first
         hint = 'variant="momentum" needs no warm-up.'
         check_range(
-            allowed, "warmup_epochs", f'a whole number >= {least} with variant="{variant}"', warmup_epochs, hint
+            allowed, "warmup_epochs", f'a whole number >= {first} with variant="{variant}"', warmup_epochs, hint
         )
         check_choice("warmup_data", warmup_data, ("full", "selected"))
         self.selection_rate, self.variant, self.momentum = selection_rate, variant, momentum
         self.warmup_epochs, self.warmup_data, self.seed = warmup_epochs, warmup_data, seed
+        self.least = least
         self.epoch = 0
         # By id: the history; the delta of the last visit that had one to compare with; the epoch of the last visit.
         self.history = ScoreHistory(("history", "delta", "epoch"))
@@ -120,6 +123,10 @@ class DISSect:
     def warming_up(self) -> bool:
         """Whether this epoch only makes the history."""
         return self.variant == "warmup" and self.epoch < self.warmup_epochs
+
+    def count(self, size: int) -> int:
+        """Return how many of `size` candidates are kept."""
+        return min(size, max(self.least, keep_count(size, self.selection_rate)))
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch it is, from 0."""
@@ -132,20 +139,19 @@ class DISSect:
         """Begin anew: no sample has a history."""
         self.epoch, self.history = 0, ScoreHistory(self.history.names)
 
-    def choose(self, ids: Tensor, scores: Tensor, *, valid: Tensor | None = None, least: int = 1) -> Tensor:
+    def choose(self, ids: Tensor, scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """Return the positions to train on, ascending (k,); the history stays as it is, `update` comes after.
 
         Args:
             ids: Sample ids (B,).
             scores: Current scores (B,), CLIPScore for instance; one that is not finite comes last.
             valid: False for rows that only pad the batch (B,): they come after all others.
-            least: How many to keep at least: a pair alone in a contrastive loss has no negative.
         """
         ids, scores = _checked(ids, scores)
         delta = self.history.lookup(ids)["history"] - scores
-        return self.choose_by(ids, delta.masked_fill(~scores.isfinite(), -torch.inf), valid=valid, least=least)
+        return self.choose_by(ids, delta.masked_fill(~scores.isfinite(), -torch.inf), valid=valid)
 
-    def choose_by(self, ids: Tensor, deltas: Tensor, *, valid: Tensor | None = None, least: int = 1) -> Tensor:
+    def choose_by(self, ids: Tensor, deltas: Tensor, *, valid: Tensor | None = None) -> Tensor:
         """Return the positions to train on, ascending (k,), by deltas (B,) that are known already; NaN where not."""
         if self.warming_up and self.warmup_data == "full":
             return torch.arange(len(ids), device=ids.device)
@@ -156,7 +162,7 @@ class DISSect:
         median = (known.nanmedian() - (-known).nanmedian()) / 2  # torch's is the lower of the two in the middle
         deltas = torch.where(deltas.isnan(), median.nan_to_num(0.0), deltas).masked_fill(~valid, torch.nan)
         keys = tie_keys(ids, seed=self.seed, epoch=self.epoch)
-        return top(deltas, keys, max(least, keep_count(len(ids), self.selection_rate)))
+        return top(deltas, keys, self.count(len(ids)))
 
     def update(self, ids: Tensor, scores: Tensor, *, time: float | None = None) -> None:
         """Take note of the scores of all candidates, chosen or not; on several processes of those of all processes.

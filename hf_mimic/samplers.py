@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hf_mimic.checks import check_choice
-from hf_mimic.dissect import DISSect, check_range, keep_count, tie_keys
+from hf_mimic.dissect import DISSect, check_range, tie_keys
 
 ScoreFn = Callable[[Mapping[str, Any]], Tensor]
 Gather = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
@@ -79,7 +79,7 @@ class DISSectBatchSampler(Sampler[list[int]]):
         self.rule: DISSect = rule["rule"] if set(rule) == {"rule"} else DISSect(**rule)
         self.sampler, self.candidate_batch_size, self.drop_last = sampler, batch_size, drop_last
         self.refresh, self.score_fn, self.rescore_share = refresh, score_fn, rescore_share
-        kept = batch_size if refresh == "step" else keep_count(batch_size, self.rule.selection_rate)
+        kept = batch_size if refresh == "step" else self.rule.count(batch_size)
         varies = kept < batch_size and self.rule.variant == "warmup" and self.rule.warmup_data == "full"
         self.batch_size = None if varies else kept
         self.sample_ids = _ids_of(sampler, sample_ids) if refresh == "epoch" else torch.empty(0, dtype=torch.int64)
@@ -131,7 +131,7 @@ class DISSectBatchSampler(Sampler[list[int]]):
     def _yielded(self, size: int) -> int:
         """Return how many of `size` candidates are yielded."""
         all_of_them = self.refresh == "step" or (self.rule.warming_up and self.rule.warmup_data == "full")
-        return size if all_of_them else keep_count(size, self.rule.selection_rate)
+        return size if all_of_them else self.rule.count(size)
 
     def _next_epoch(self) -> None:
         if self._ended:  # whoever counts epochs for the sampler goes on doing so

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_mimic.cached_negatives import CachedStep
 from hf_mimic.engine import rescale
-from hf_mimic.finite import finite_forward, no_gradient, without_trace
+from hf_mimic.finite import Forward, finite_forward, no_gradient, without_trace
 from hf_mimic.losses import COUNTED, clip_score
 from hf_mimic.micro_batch import MicroBatch, batch_size
 from hf_mimic.mimic import MimicForward, mimic_forward
@@ -154,23 +154,29 @@ class ScoredTraining:
     def _part(self, batch: Mapping[str, Any], ids: Tensor | None, *, last: bool) -> MicroBatch:
         part = MicroBatch(batch, ids, self.trainer.epoch_end.kept(batch_size(batch), ids, last=last))
         self.trainer.ledger.add(samples_decoded=len(part))
-        return self.trainer.choice.keep(part, self._told)
+        return self.trainer.choice.keep(part, self._finite)
 
     def _forward(self, model: nn.Module, part: MicroBatch) -> tuple[MimicForward | None, MimicForward, Tensor]:
         base, engine, loss_fn = self.trainer.model, self.engine, self.trainer.loss_fn
         run = partial(engine.forward, base=base, direction=self.trainer.direction(), loss_fn=loss_fn)
-        part, shares = self._told(part), self._shares
+        # A second pass through DistributedDataParallel would speak to processes that do not make one.
+        return self._finite(part, partial(run, model), partial(run, model if engine.sharded else base))
 
-        def again(rest: Mapping[str, Any]) -> MimicForward:
-            # A second pass through DistributedDataParallel would speak to processes that do not make one.
-            told = MicroBatch(rest).telling().inputs if shares and COUNTED not in rest else rest
-            return run(model if engine.sharded else base, told)
+    def _finite(
+        self, part: MicroBatch, first: Forward, again: Forward
+    ) -> tuple[MimicForward | None, MimicForward, Tensor]:
+        """Run a micro-batch; run it again without the samples that are not finite; see `finite_forward`."""
+        engine, shares = self.engine, self._shares
+        part = self._told(part)
+
+        def telling(rest: Mapping[str, Any]) -> MimicForward:
+            return again(MicroBatch(rest).telling().inputs if shares and COUNTED not in rest else rest)
 
         return finite_forward(
-            base,
+            self.trainer.model,
             part.inputs,
-            partial(run, model),
-            again,
+            first,
+            telling,
             anywhere=engine.anywhere if engine.sharded or shares else bool,
             indispensable=engine.sharded,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_mimic.data import SAMPLE_ID, MappedLoader, SampleIdCollator, SampleIdDataset, read_sample_ids
-from hf_mimic.losses import PerSampleLoss, loss_for_model
+from hf_mimic.losses import PerSampleLoss, clip_score, loss_for_model
 from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import runnable_tensors, score_reference
@@ -84,6 +84,8 @@ def score_dataset(
             ids = batch.pop(sample_id_column)
             forward = mimic_forward(model, _to(batch, device), direction, loss_fn)
             values = {"loss": forward.losses, "mimic_score": forward.scores}
+            if hasattr(forward.outputs, "image_embeds"):
+                values["clip_score"] = clip_score(forward.outputs)
             if judged is not None:
                 values |= dict(zip(("ref_loss", "ref_trust"), judged.lookup(ids), strict=True))
             table.record(ids, epoch=0, step=step, **values)

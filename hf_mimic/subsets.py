@@ -99,6 +99,7 @@ def info_batch(signals: EpochSignals, *, rate: float, epochs: float) -> Kept:
 
 
 _SCAN_EPOCHS, _SCAN_MOST = 3, 0.9
+LEAST_SCAN_RATE = 0.55  # 1 - _SCAN_MOST / 2
 _INFO_BATCH_ANNEALED, _INFO_BATCH_MOST = 0.125, 0.75
 
 KEEPERS: dict[str, Callable[..., Kept]] = {

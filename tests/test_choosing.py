@@ -262,6 +262,8 @@ def test_the_default_rate(tmp_path):
             {"strategy": "small_loss", "selection_rate": 0.5, "refresh": "epoch"},
             "must come with dissect, dissect_mimic or",
         ),
+        ({"strategy": "scan", "selection_rate": 0.5}, 'must be 0.55 at least with strategy="scan", .* got 0.5'),
+        ({"strategy": "uniform", "selection_rate": 0.5}, 'must be 1 with strategy="uniform", .* got 0.5'),
         ({"strategy": "dissect", "refresh": "epochs"}, "`refresh` must be one of 'step', 'epoch', got 'epochs'"),
         ({"strategy": "dissect", "momentum": 1.0}, r"`momentum` must be in \[0, 1\), got 1.0"),
         (
@@ -308,6 +310,33 @@ def test_broken_pairs_are_not_chosen(tmp_path):
         warnings.simplefilter("error")
         trainer = run(tmp_path, "dissect", rows=rows_of(batch), variant="momentum", num_train_epochs=1)
     assert FIRST + 3 not in {i for ids in chosen(trainer) for i in ids}
+
+
+@pytest.mark.parametrize("strategy", ["small_loss", "big_loss", "mimic"])
+def test_a_broken_pair_does_not_spoil_the_ranking_of_its_batch(strategy, tmp_path):
+    """The losses of the other seven are those that they have among themselves."""
+    batch = models.make_batch("clip", size=BATCH)
+    batch["pixel_values"][3, 0, 0, 0] = torch.nan
+    trainer = run(tmp_path, strategy, rows=rows_of(batch), num_train_epochs=1, mimic_layers="all")
+    rows = trainer.scores.to_arrow().to_pandas().set_index("sample_id")
+    assert rows.kept.sum() == 4
+    assert rows.kept[FIRST + 3] == 0
+    assert rows.loss.notna().sum() == 7
+    if strategy in ("small_loss", "big_loss"):
+        others = torch.arange(BATCH) != 3
+        part = {name: x[others] for name, x in batch.items()}
+        with torch.no_grad():
+            losses = trainer.loss_fn(CLIP(**part), part)
+        best = losses.argsort(descending=strategy == "big_loss")[:4]
+        ids = torch.arange(FIRST, FIRST + BATCH)[others]
+        assert set(rows.index[rows.kept == 1]) == set(ids[best].tolist())
+
+
+def test_no_pair_is_left_alone_at_the_end_of_an_epoch(tmp_path):
+    """6 of 22 pairs are in the last batch; a quarter of them would be one."""
+    options = {"refresh": "epoch", "variant": "momentum", "selection_rate": 0.25}
+    trainer = run(tmp_path, "dissect", rows=ROWS.select(range(22)), num_train_epochs=2, **options)
+    assert [len(ids) for ids in chosen(trainer)] == [2, 2, 2] * 2
 
 
 def test_samples_without_ids(tmp_path):

@@ -67,7 +67,7 @@ CHOOSING = {  # on two processes
     "dissect momentum": {"strategy": "dissect", "variant": "momentum"},
     "dissect epoch": {"strategy": "dissect", "refresh": "epoch", "rescore_share": 0.2},
     "dissect cached": {"strategy": "dissect", "cache_negatives": True, "gradient_accumulation_steps": 2},
-    "scan": {"strategy": "scan"},
+    "scan": {"strategy": "scan", "selection_rate": 0.6},
     "info_batch": {"strategy": "info_batch"},
 }
 BROKEN = {"one sample": [9], "a whole micro-batch": [8, 9, 10, 11, 12, 13, 14, 15], "on both": [0, 9]}

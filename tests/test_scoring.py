@@ -32,6 +32,10 @@ def test_scores_equal_those_of_each_batch():
     values = dict(zip(table["sample_id"].to_pylist(), table["mimic_score"].to_pylist(), strict=True))
     torch.testing.assert_close(torch.tensor([values[100 - i] for i in range(10)]), scores)
     assert table["epoch"].to_pylist() == [0] * 10
+    with torch.no_grad():
+        expected = losses.clip_score(model(**batch))
+    clip_scores = dict(zip(table["sample_id"].to_pylist(), table["clip_score"].to_pylist(), strict=True))
+    torch.testing.assert_close(torch.tensor([clip_scores[100 - i] for i in range(10)]), expected)
     assert table["step"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 2
     assert table["relative_weight"].to_pylist() == [None] * 10
     whole = score_dataset(model, rows_of(batch), direction, batch_size=10).aggregate()

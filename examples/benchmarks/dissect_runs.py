@@ -100,7 +100,7 @@ def train(task: dict, data: Path, cache: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         patch = forgets if method == "random after warm-up" else None
         begin = time.perf_counter()
-        rate = 1.0 if method == "full" else task["rate"]
+        rate = 1.0 if method == "full" else max(task["rate"], 0.55) if method == "SCAN" else task["rate"]  # its least
         with patched(patch):
             trainer = fit(
                 study.make(seed),
