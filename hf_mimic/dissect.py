@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_mimic.checks import check_choice
-from hf_mimic.history import ScoreHistory
+from hf_mimic.history import ScoreHistory, finite_last
 
 
 def tie_keys(ids: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -168,11 +168,11 @@ class DISSect:
         """Take note of the scores of all candidates, chosen or not; on several processes of those of all processes.
 
         Args:
-            ids: Sample ids (B,); of a repeated one the last row counts, once.
+            ids: Sample ids (B,); of a repeated one the last row with a finite score counts, once.
             scores: Scores (B,); one that is not finite is left out.
             time: When they were measured, in epochs; by default in the epoch under way.
         """
-        ids, scores = _checked(ids, scores)
+        ids, scores = finite_last(*_checked(ids, scores))
         old = self.history.lookup(ids)
         if self.warming_up:
             history, delta = scores, torch.full_like(scores, torch.nan)

@@ -111,7 +111,7 @@ class Engine:
         return self.accelerator.gather(self.accelerator.pad_across_processes(values, pad_index=float("nan")))
 
     def gather_columns(self, ids: Tensor, values: Tensor, *, even: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Return ids and values (n,) of all processes as (N,); a row that only fills up has the value NaN.
+        """Return ids and values (n,) of all processes as (N,); where n may differ, those that are not NaN.
 
         Args:
             ids: Integers.
@@ -120,10 +120,11 @@ class Engine:
         """
         if self.processes == 1:
             return ids, values
-        if not (self.even if even is None else even):
-            ids = self.accelerator.pad_across_processes(ids)
-            values = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
-        return self.accelerator.gather(ids), self.accelerator.gather(values)
+        if self.even if even is None else even:
+            return self.accelerator.gather(ids), self.accelerator.gather(values)
+        ids = self.accelerator.gather(self.accelerator.pad_across_processes(ids))
+        values = self.gather_unequal(values)
+        return ids[~values.isnan()], values[~values.isnan()]
 
     def anywhere(self, found: bool) -> bool:
         """Return whether something was found on any of the processes that must run their modules in step."""

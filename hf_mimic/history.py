@@ -152,3 +152,9 @@ def _checked(ids: Tensor) -> Tensor:
             f"sample ids must be an integer tensor (B,), got {what}. Keep other names in a column of text."
         )
     return ids.to(torch.int64)
+
+
+def finite_last(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both (B,) with the scores that are not finite first: of a repeated id the last row wins in `write`."""
+    order = scores.isfinite().long().argsort(stable=True)
+    return ids[order], scores[order]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hf_mimic.dissect import tie_keys, top
-from hf_mimic.history import ScoreHistory
+from hf_mimic.history import ScoreHistory, finite_last
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class SubsetBatchSampler(Sampler[list[int]]):
 
     def update(self, ids: Tensor, losses: Tensor) -> None:
         """Take note of the losses (B,) of a batch; on several processes of those of all processes."""
+        ids, losses = finite_last(ids, losses)
         old = self.history.lookup(ids)["loss"]
         self.history.write(ids, loss=torch.where(losses.isfinite(), losses.float(), old))
 

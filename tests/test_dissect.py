@@ -339,3 +339,11 @@ def test_ids_and_scores_that_do_not_fit():
             use(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="`epoch` must be a whole number >= 0, got -1"):
         rule.set_epoch(-1)
+
+
+def test_a_repeated_row_without_a_score_does_not_undo_the_other():
+    """A padded row has the id of a sample that is in the same batch."""
+    rule = DISSect(variant="momentum", momentum=0.5)
+    rule.update(torch.tensor([7, 8]), torch.tensor([10.0, 20.0]))
+    rule.update(torch.tensor([7, 8, 7]), torch.tensor([30.0, 40.0, torch.nan]))
+    assert rule.history.lookup(torch.tensor([7, 8]))["history"].tolist() == [20.0, 30.0]
