@@ -6,8 +6,9 @@ Read `as_reference` (a model that computes with the reference's weights), then `
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_mimic.files import write_atomically
-from hf_mimic.finite import without_trace
-from hf_mimic.losses import PerSampleLoss, clip_score, model_inputs
-from hf_mimic.mimic import eval_mode
+from hf_mimic.finite import finite_forward, without_trace
+from hf_mimic.losses import PerSampleLoss, clip_score
+from hf_mimic.mimic import eval_mode, mimic_forward
 from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
 
 _COLUMNS = ["sample_id", "ref_loss", "ref_trust", "ref_clip_score"]
@@ -162,6 +163,13 @@ class ReferenceScores:
         return cls(ids, losses.astype(float), trust.astype(float), clip_scores=clip_scores.astype(float))
 
 
+def reference_bar(batches: Any, *, show: bool = True) -> Any:
+    """Return the batches with a progress bar."""
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="running the reference", unit="batch", disable=not show)
+
+
 def score_reference(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -170,31 +178,33 @@ def score_reference(
     *,
     sample_id_column: str = "sample_id",
     gather: Any = None,
-    progress: bool = True,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> ReferenceScores:
     """Run the reference once over all samples.
 
     Args:
         model: The student; see `as_reference`.
         tensors: From `runnable_tensors`.
-        batches: Collated, on the model's device, with ids.
+        batches: Collated, on the model's device, with ids; see `reference_bar`.
         loss_fn: (outputs, batch) -> (B,).
         sample_id_column: Name of the id column.
         gather: list -> list of all processes' items, where each process has some of the batches.
-        progress: Show a bar.
+        anywhere: Whether something is true on any of the processes that are in each other's losses.
 
     Returns:
         Losses of all samples; a trust where the model classifies and the sample has a label.
     """
-    from tqdm.auto import tqdm
-
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "losses", "clip_scores", "log_probs", "labels")}
+    run = partial(mimic_forward, model, direction=None, loss_fn=loss_fn)
     with as_reference(model, tensors):
-        for given in tqdm(batches, desc="running the reference", unit="batch", disable=not progress):
+        for given in batches:
             batch = dict(given)
             found["ids"].append(batch.pop(sample_id_column).cpu().numpy())
-            outputs = model(**model_inputs(batch))
-            found["losses"].append(loss_fn(outputs, batch).float().cpu().numpy())
+            second, first, valid = finite_forward(model, batch, run, run, anywhere=anywhere)
+            losses, outputs = torch.full(valid.shape, torch.nan, device=valid.device), first.outputs
+            if second is not None:
+                losses[valid] = second.losses.float()
+            found["losses"].append(losses.cpu().numpy())
             if hasattr(outputs, "image_embeds"):
                 found["clip_scores"].append(clip_score(outputs).cpu().numpy())
             logits: Any = getattr(outputs, "logits", None)

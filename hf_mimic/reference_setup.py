@@ -26,10 +26,10 @@ from hf_mimic.heads import head_cosine, init_head
 from hf_mimic.health import likely_cause
 from hf_mimic.layers import WORDS
 from hf_mimic.losses import COUNTED, cross_entropy
-from hf_mimic.micro_batch import batch_size
+from hf_mimic.micro_batch import MicroBatch, batch_size
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.reference import Reference
-from hf_mimic.reference_pass import ReferenceScores, runnable_tensors, score_reference
+from hf_mimic.reference_pass import ReferenceScores, reference_bar, runnable_tensors, score_reference
 from hf_mimic.selection import RUN_THE_REFERENCE
 from hf_mimic.sharding import units, whole
 
@@ -198,11 +198,11 @@ class ReferenceSetup:
         scores = score_reference(
             trainer.model,
             tensors,
-            MappedLoader(loader, self._told),
+            reference_bar(MappedLoader(loader, self._told), show=args.process_index == 0 and not args.disable_tqdm),
             trainer.loss_fn,
             sample_id_column=args.sample_id_column,
             gather=gather_object if args.world_size > 1 else None,
-            progress=args.process_index == 0 and not args.disable_tqdm,
+            anywhere=trainer.engine.anywhere if self._shares else bool,
         )
         trainer.ledger.add(samples_reference=len(trainer.train_dataset) if args.process_index == 0 else 0)
         if scores.noise_rate is not None:
@@ -211,10 +211,16 @@ class ReferenceSetup:
             )
         return scores
 
+    @property
+    def _shares(self) -> bool:
+        return getattr(self.trainer.loss_fn, "processes", 1) > 1
+
     def _told(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch with a word to the loss on repeated rows, if it is over the pairs of all processes."""
+        """Return a batch with a word on which rows count, for a loss over the pairs of all processes."""
+        if not self._shares:
+            return batch
         counted = self.trainer.epoch_end.counted_in_evaluation(batch_size(batch))
-        return batch if counted is None else {**batch, COUNTED: counted}
+        return {**batch, COUNTED: counted} if counted is not None else dict(MicroBatch(batch).telling().inputs)
 
     def explain(self, report: Mapping[str, float]) -> str:
         """Say what is likely wrong with an unhealthy score."""

@@ -14,7 +14,7 @@ from hf_mimic.data import SAMPLE_ID, MappedLoader, SampleIdCollator, SampleIdDat
 from hf_mimic.losses import PerSampleLoss, clip_score, loss_for_model
 from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
 from hf_mimic.reference import Reference
-from hf_mimic.reference_pass import runnable_tensors, score_reference
+from hf_mimic.reference_pass import reference_bar, runnable_tensors, score_reference
 from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def score_dataset(
     table, judged = ScoreTable(), None
     if reference is not None:
         tensors = runnable_tensors(model, reference)
-        batches = MappedLoader(loader, partial(_to, device=device))
+        batches = reference_bar(MappedLoader(loader, partial(_to, device=device)))
         judged = score_reference(model, tensors, batches, loss_fn, sample_id_column=sample_id_column)
     with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):

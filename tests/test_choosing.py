@@ -312,7 +312,7 @@ def test_broken_pairs_are_not_chosen(tmp_path):
     assert FIRST + 3 not in {i for ids in chosen(trainer) for i in ids}
 
 
-@pytest.mark.parametrize("strategy", ["small_loss", "big_loss", "mimic"])
+@pytest.mark.parametrize("strategy", ["small_loss", "big_loss", "rho_loss", "mimic"])
 def test_a_broken_pair_does_not_spoil_the_ranking_of_its_batch(strategy, tmp_path):
     """The losses of the other seven are those that they have among themselves."""
     batch = models.make_batch("clip", size=BATCH)

@@ -102,7 +102,7 @@ def test_a_reference_that_has_diverged():
     with torch.no_grad():
         reference.vit.layernorm.weight[0] = torch.nan
     with pytest.raises(ValueError, match=r"losses must be finite, got 100% that are not: it has diverged"):
-        score_reference(student, runnable_tensors(student, reference), batches(), cross_entropy, progress=False)
+        score_reference(student, runnable_tensors(student, reference), batches(), cross_entropy)
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -110,7 +110,6 @@ def test_a_reference_that_has_diverged():
 
 def scored(family="vit", **options):
     student, reference = pair(family)
-    options = {"progress": False, **options}
     tensors = runnable_tensors(student, reference)
     return score_reference(student, tensors, batches(family), cross_entropy, **options), reference
 
@@ -138,7 +137,7 @@ def test_trust_is_low_where_the_label_is_not_what_the_reference_says():
     with torch.no_grad():
         for p in reference.classifier.parameters():
             p.mul_(20)  # sure of itself
-    found = score_reference(student, runnable_tensors(student, reference), rows, cross_entropy, progress=False)
+    found = score_reference(student, runnable_tensors(student, reference), rows, cross_entropy)
     wrong = np.arange(96) % 12 < 2
     assert found.trust[wrong].max() < 0.5 < found.trust[~wrong].min()
     assert found.noise_rate == pytest.approx(2 / 12, abs=0.05)
@@ -156,12 +155,10 @@ def test_repeated_rows_count_once_and_all_processes_are_joined():
     student, reference = pair("vit")
     rows = [labelled_by(reference, batch) for batch in batches(size=48, step=12)]
     tensors = runnable_tensors(student, reference)
-    whole = score_reference(student, tensors, rows, cross_entropy, progress=False)
+    whole = score_reference(student, tensors, rows, cross_entropy)
     kept = []
-    score_reference(student, tensors, rows[:2], cross_entropy, progress=False, gather=lambda c: kept.append(c[0]) or c)
-    joined = score_reference(
-        student, tensors, rows[2:] + rows[:1], cross_entropy, progress=False, gather=lambda c: [*kept, *c]
-    )
+    score_reference(student, tensors, rows[:2], cross_entropy, gather=lambda c: kept.append(c[0]) or c)
+    joined = score_reference(student, tensors, rows[2:] + rows[:1], cross_entropy, gather=lambda c: [*kept, *c])
     assert joined.ids.tolist() == whole.ids.tolist()
     np.testing.assert_allclose(joined.trust, whole.trust, atol=1e-6)
 
@@ -171,7 +168,7 @@ def test_samples_without_label_or_with_a_broken_one():
     rows = [labelled_by(reference, batch) for batch in batches(size=48, step=12)]
     rows[0]["labels"][0] = -100
     rows[1]["pixel_values"][3] = torch.nan
-    found = score_reference(student, runnable_tensors(student, reference), rows, cross_entropy, progress=False)
+    found = score_reference(student, runnable_tensors(student, reference), rows, cross_entropy)
     assert np.flatnonzero(np.isnan(found.trust)).tolist() == [0, 15]
     assert np.flatnonzero(np.isnan(found.losses)).tolist() == [15]
 
@@ -189,7 +186,7 @@ def test_a_file_of_another_run_is_not_believed(tmp_path):
 def test_no_samples():
     student, reference = pair("vit")
     with pytest.raises(ValueError, match="must have samples for the reference to run on"):
-        score_reference(student, runnable_tensors(student, reference), [], cross_entropy, progress=False)
+        score_reference(student, runnable_tensors(student, reference), [], cross_entropy)
 
 
 def test_lookup_and_file(tmp_path):
