@@ -49,18 +49,20 @@ class BatchSelection:
         self.rate = self.args.rate
         chooses = self.rate < 1 and self.strategy in (*RANKINGS, *DISSECT, *SUBSETS)
         self.in_epochs = chooses and (self.strategy in SUBSETS or self.args.refresh == "epoch")
+        self._least = 2 if trainer.couples else 1  # one pair has no negative
         self.rule = self._rule() if chooses and self.strategy in DISSECT else None
         self.sampler: Any = None
         self._dataset: Any = None
         self._options: dict[str, Any] = {}
         if chooses:
             _check(trainer, self.in_epochs)
-        self.candidates = Candidates(trainer, self.rule) if chooses and not self.in_epochs else None
+        in_steps = chooses and not self.in_epochs
+        self.candidates = Candidates(trainer, self.rule, least=self._least) if in_steps else None
 
     def _rule(self) -> DISSect:
         args = self.args
         options = {name: getattr(args, name) for name in ("variant", "momentum", "warmup_epochs", "warmup_data")}
-        return DISSect(self.rate, least=2 if self.trainer.couples else 1, seed=args.seed, **options)
+        return DISSect(self.rate, least=self._least, seed=args.seed, **options)
 
     # ---- the loader ------------------------------------------------------------------------------------------------
 
@@ -125,9 +127,8 @@ class BatchSelection:
             self.sampler.keeper = self._keeper(epochs)
         reference = self.trainer.reference_scores
         if self.strategy in ("ref_clip_score", "ref_clip_loss") and self.sampler is not None:
-            values = reference.clip_scores if self.strategy == "ref_clip_score" else -reference.losses
-            place = torch.searchsorted(torch.from_numpy(reference.ids), self.sampler.sample_ids)
-            self.sampler.reference = torch.from_numpy(values)[place]
+            losses, _, clip_scores = reference.find(self.sampler.sample_ids)
+            self.sampler.reference = clip_scores if self.strategy == "ref_clip_score" else -losses
 
     def begin_epoch(self) -> None:
         """Score again what is due, before an epoch is chosen from old scores."""

@@ -1,7 +1,7 @@
 """GradCache: the pairs of a whole optimizer step are each other's negatives, while one micro-batch is in memory.
 
-Read `CachedStep.prepare`: features of all micro-batches without graph (pass 1), losses, scores, weights and the gradient
-at the features (pass 2); then `loss`, whose gradient is what a micro-batch contributes (pass 3).
+Read `CachedStep.forward`: features of all micro-batches without graph (pass 1), their losses and scores; `differentiate`:
+the gradient at the features (pass 2); then `loss`, whose gradient is what a micro-batch contributes (pass 3).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Read `Candidates.keep`: score the candidates without gradient in eval mode, choo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,12 @@ class Candidates:
     Args:
         trainer: The `MimicTrainer`.
         rule: Of DISSect; None for a ranking.
+        least: How many to keep of a batch at least.
     """
 
-    def __init__(self, trainer: Any, rule: DISSect | None) -> None:
+    def __init__(self, trainer: Any, rule: DISSect | None, *, least: int) -> None:
         self.trainer, self.args, self.engine, self.rule = trainer, trainer.args, trainer.engine, rule
+        self.least = least
         self.strategy: str = trainer.strategy
 
     def keep(self, part: MicroBatch, finite: FiniteForward) -> MicroBatch:
@@ -62,8 +65,7 @@ class Candidates:
             self.rule.update(*self.engine.gather_columns(part.ids, scores.where(part.everything, torch.nan)))
         else:
             ranks = RANKINGS[self.strategy](self._signals(part, columns)).where(part.everything, torch.nan)
-            least = 2 if self.trainer.couples else 1  # one pair has no negative
-            count = min(size, max(least, keep_count(size, self.args.rate)))
+            count = keep_count(size, self.args.rate, self.least)
             kept = top(ranks, tie_keys(part.ids, seed=self.args.seed, epoch=epoch), count)
         self._record_rest(part, columns, kept)
         self.trainer.ledger.add(samples_scored=size if columns else 0)
@@ -87,10 +89,8 @@ class Candidates:
         with without_trace(model), eval_mode(model):
             second, forward, valid = finite(part, run, run)
         columns = {}
-        if hasattr(forward.outputs, "image_embeds"):
-            columns["clip_score"] = clip_score(
-                forward.outputs
-            )  # of each pair alone: one that is broken spoils no other
+        if hasattr(forward.outputs, "image_embeds"):  # of each pair alone: one that is broken spoils no other
+            columns["clip_score"] = clip_score(forward.outputs)
         for name in ("loss",) if direction is None else ("loss", "mimic_score"):
             columns[name] = forward.scores.new_full(valid.shape, torch.nan)
             if second is not None:
@@ -101,8 +101,7 @@ class Candidates:
         nothing = torch.zeros(len(part), device=part.everything.device)
         losses, scores = columns.get("loss", nothing), columns.get("mimic_score", nothing)
         signals = self.trainer.training.weighing.signals(losses, scores.to(losses.dtype), part.ids)
-        found = signals.ref_losses, signals.ref_trust
-        return BatchSignals(signals.losses, signals.mimic_scores, *found, columns.get("clip_score"))
+        return replace(signals, clip_scores=columns.get("clip_score"))
 
     def _record_rest(self, part: MicroBatch, columns: dict[str, Tensor], kept: Tensor) -> None:
         if not self.args.record_scores or part.ids is None:

@@ -47,9 +47,9 @@ def _signed(x: int) -> int:
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def keep_count(size: int, rate: float) -> int:
-    """Return how many of `size` samples a share of `rate` is: rounded down as in the official code, at least 1."""
-    return max(1, math.floor(size * rate + 1e-9))  # 100 * 0.29 is 28.999999999999996
+def keep_count(size: int, rate: float, least: int = 1) -> int:
+    """Return how many of `size` samples a share of `rate` is: rounded down as in the official code, `least` at least."""
+    return min(size, max(least, math.floor(size * rate + 1e-9)))  # 100 * 0.29 is 28.999999999999996
 
 
 def top(scores: Tensor, keys: Tensor, count: int) -> Tensor:
@@ -126,7 +126,7 @@ class DISSect:
 
     def count(self, size: int) -> int:
         """Return how many of `size` candidates are kept."""
-        return min(size, max(self.least, keep_count(size, self.selection_rate)))
+        return keep_count(size, self.selection_rate, self.least)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch it is, from 0."""

@@ -128,17 +128,23 @@ class ReferenceScores:
         clip_scores = np.full(len(ids), np.nan) if clip_scores is None else clip_scores
         self.clip_scores = clip_scores[first].astype(np.float32)
         self.noise_rate = noise_rate
-        self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
+        self._tensors: tuple[Tensor, ...] | None = None
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return `ref_loss` and `ref_trust` of samples (B,), on the device of `ids`; NaN for unknown ones."""
+        losses, trust, _ = self.find(ids)
+        return losses, trust
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `ref_loss`, `ref_trust` and the CLIPScore of samples (B,), as `lookup` does."""
         if self._tensors is None or self._tensors[0].device != ids.device:
-            columns = (self.ids, self.losses, self.trust)
-            self._tensors = tuple(torch.from_numpy(c).to(ids.device) for c in columns)  # type: ignore[assignment]
-        known, losses, trust = self._tensors  # type: ignore[misc]
+            columns = (self.ids, self.losses, self.trust, self.clip_scores)
+            self._tensors = tuple(torch.from_numpy(column).to(ids.device) for column in columns)
+        known, *values = self._tensors
         place = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
         there = known[place] == ids
-        return torch.where(there, losses[place], torch.nan), torch.where(there, trust[place], torch.nan)
+        losses, trust, clip_scores = (torch.where(there, column[place], torch.nan) for column in values)
+        return losses, trust, clip_scores
 
     def save(self, path: str | Path, *, fingerprint: str = "") -> None:
         """Write the columns as Parquet, whole or not at all; see `load`."""
