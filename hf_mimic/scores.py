@@ -6,24 +6,23 @@ Read `ScoreTable` (record, flush, load, aggregate), then `attach_scores`. A valu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from hf_mimic.data import read_sample_ids
 from hf_mimic.files import write_atomically
+from hf_mimic.parts import SCHEMA, VALUES, read_shard, rows_of_visit
+from hf_mimic.visits import ScoreMatrix, Visits, aggregate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust", "clip_score", "kept")
-_KEYS = [("sample_id", pa.int64()), ("epoch", pa.int32()), ("step", pa.int64())]
-SCHEMA = pa.schema(_KEYS + [(name, pa.float32()) for name in VALUES])
 ATTACHED = ("trust", *VALUES, "n_visits", "keep")
 _OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
@@ -42,6 +41,9 @@ class ScoreTable:
         self.folder = None if folder is None else Path(folder)
         self._buffer: list[dict[str, Any]] = []
         self._tables: list[pa.Table] = []
+        self._version = 0  # of the rows in memory
+        self._aggregated: tuple[Any, pa.Table] | None = None
+        self._matrix: tuple[Any, ScoreMatrix] | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> ScoreTable:
@@ -60,7 +62,15 @@ class ScoreTable:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> ScoreTable:
-        """Make a table of rows that are at hand; absent columns are null."""
+        """Make a table of rows that are at hand; absent columns are null.
+
+        Raises:
+            ValueError: If a row has no `sample_id`.
+        """
+        if "sample_id" not in table.column_names or table["sample_id"].null_count:
+            raise ValueError(
+                "every row of a score table must have an integer `sample_id`, got rows without. Add them."
+            )
         result = cls()
         columns = [
             table[n] if n in table.column_names else pa.nulls(len(table), SCHEMA.field(n).type) for n in SCHEMA.names
@@ -80,10 +90,12 @@ class ScoreTable:
         unknown = set(values) - set(VALUES)
         if unknown:
             raise ValueError(f"a score column must be one of {', '.join(VALUES)}, got {', '.join(sorted(unknown))}.")
+        self._version += 1
         self._buffer.append({"sample_id": sample_id, "epoch": epoch, "step": step, **values})
 
     def extend(self, other: ScoreTable) -> None:
         """Add all rows of another table."""
+        self._version += 1
         self._tables.append(other.to_arrow())
 
     def flush(self, rank: int = 0) -> Path | None:
@@ -106,12 +118,13 @@ class ScoreTable:
 
     def forget(self) -> None:
         """Drop the rows that are in memory only."""
+        self._version += 1
         self._buffer.clear()
         self._tables.clear()
 
     def count_stored(self) -> int:
         """Return the number of rows on the disk, without reading them."""
-        return sum(_read(path, head=True).num_rows for path in self._shards())
+        return sum(read_shard(path, pq.read_metadata).num_rows for path in self._shards())
 
     def truncate(self, step: int) -> None:
         """Drop the stored rows at `step` and later (a resumed run makes them again), and what broken writes left."""
@@ -163,22 +176,40 @@ class ScoreTable:
         `trust` is P(the label is right): the reference's, together with what mimic score and loss say; null where the
         reference was not run. `n_visits` counts the visits that gave a score; a mean over no value is null.
         """
-        wanted = [(name, "mean") for name in VALUES] + [("mimic_score", "count"), ("clip_score", "count")]
-        grouped = self.to_arrow().group_by("sample_id").aggregate(wanted).sort_by("sample_id")
-        columns = [grouped[f"{name}_mean"].cast(pa.float32()) for name in VALUES]
-        scores, losses, trust = (columns[VALUES.index(n)].to_numpy() for n in ("mimic_score", "loss", "ref_trust"))
-        if np.isfinite(trust).any():
-            from hf_mimic.trust import combine
+        stamp = self._stamp()
+        if self._aggregated is None or self._aggregated[0] != stamp:
+            self._aggregated = (stamp, aggregate(self._visits()))
+        return self._aggregated[1]
 
-            trust = combine(trust, np.stack([scores, -losses], 1)).astype(np.float32)
-        visits = pa.compute.max_element_wise(grouped["mimic_score_count"], grouped["clip_score_count"])
-        return pa.table(
-            [grouped["sample_id"], pa.array(trust, mask=np.isnan(trust)), *columns, visits],
-            names=["sample_id", "trust", *VALUES, "n_visits"],
-        )
+    def matrix(self, column: str) -> ScoreMatrix:
+        """Return one value of N samples in T epochs: the mean over a sample's visits in an epoch, NaN where there is none.
+
+        Args:
+            column: One of `VALUES`.
+
+        Returns:
+            (sample_id (N,) as in `aggregate`, epochs (T,), values (N, T), float32); not to be written to.
+        """
+        if column not in VALUES:
+            raise ValueError(f"a score column must be one of {', '.join(VALUES)}, got {column!r}.")
+        key = (column, self._stamp())
+        if self._matrix is None or self._matrix[0] != key:
+            self._matrix = None  # one at a time: they are large
+            self._matrix = (key, self._visits().matrix(column))
+            self._matrix[1].values.flags.writeable = False
+        return self._matrix[1]
+
+    def _visits(self) -> Visits:
+        self._collect()
+        return Visits(self._shards(), self._tables)
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """Return what tells whether rows came or went, in memory or on the disk."""
+        files = [(path.name, path.stat()) for path in self._shards()]
+        return (self._version, *((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
     def __len__(self) -> int:
-        return len(self.to_arrow())
+        return len(self._visits())
 
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob(_SHARDS)) if self.folder is not None else []
@@ -194,40 +225,12 @@ class ScoreTable:
 
     def _collect(self) -> None:
         if self._buffer:
-            self._tables.append(pa.concat_tables([_rows(visit) for visit in self._buffer]))
+            self._tables.append(pa.concat_tables([rows_of_visit(visit) for visit in self._buffer]))
             self._buffer = []
 
 
-def _read(path: Path, *, head: bool = False) -> Any:
-    """Return the rows of a shard, or what its head says about them."""
-    try:
-        return pq.read_metadata(path) if head else pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"a score shard must be a whole Parquet file, {path} is not ({error}). It was cut off or changed after it "
-            "was written; delete it to go on without its visits."
-        ) from error
-
-
-def _rows(visit: Mapping[str, Any]) -> pa.Table:
-    ids = _numpy(visit["sample_id"]).reshape(-1)
-    columns = []
-    for name in SCHEMA.names:
-        value = visit.get(name)
-        if value is None:
-            column = pa.nulls(len(ids), SCHEMA.field(name).type)
-        else:
-            known = np.broadcast_to(_numpy(value), ids.shape)
-            column = pa.array(known, mask=~np.isfinite(known))
-        columns.append(column.cast(SCHEMA.field(name).type))
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _numpy(value: Any) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-    return np.asarray(value)
+def _read(path: Path) -> pa.Table:
+    return read_shard(path, partial(pq.read_table, schema=SCHEMA))
 
 
 def attach_scores(

@@ -11,6 +11,7 @@ from scipy.special import log_softmax, logsumexp
 from sklearn.base import BaseEstimator
 
 _FITTED_ROWS = 20_000
+_BLOCK = 1 << 18  # rows whose evidence is weighed at once
 _ENOUGH_EVIDENCE = 100  # rows
 _HIGHEST_CUT = 2 / 3
 _FLOOR = 1e-6
@@ -130,15 +131,17 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     scale = QuantileTransformer(
         output_distribution="normal", n_quantiles=min(len(rows), 300), random_state=0, subsample=_FITTED_ROWS
     )
-    scores = scale.fit_transform(evidence[rows])
+    scale.fit(evidence[rows])
     fitted = np.random.default_rng(0).permutation(len(rows))[:_FITTED_ROWS]
-    twice, soft = np.tile(scores[fitted], (2, 1)), known[fitted]
+    twice, soft = np.tile(scale.transform(evidence[rows[fitted]]), (2, 1)), known[fitted]
     model = LogisticRegression().fit(
         twice, np.repeat([1, 0], len(fitted)), sample_weight=np.concatenate([soft, 1 - soft])
     )
-    told = model.decision_function(scores) - _logit(soft.mean())
     result = trust.copy()
-    result[rows] = 1 / (1 + np.exp(-(_logit(known) + told)))
+    for start in range(0, len(rows), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        told = model.decision_function(scale.transform(evidence[rows[block]])) - _logit(soft.mean())
+        result[rows[block]] = 1 / (1 + np.exp(-(_logit(known[block]) + told)))
     return result
 
 
