@@ -74,7 +74,11 @@ class ScoreArguments:
         batch_size: Samples per forward pass.
         num_workers: Processes that decode images.
         run_reference: Also run the reference: its loss, and how far it trusts the label. Twice the time.
-        output_dir: Where the score shards go.
+        output_dir: Where the score shards go. What is there of the same pass is not scored again.
+        num_shards: In how many shards the data set is scored, each by a command of its own, into the same output_dir.
+        shard: Which of them this is, from 0. The processes of `accelerate launch` split it.
+        part_batches: Batches after which scores are written, and from where a killed run goes on; by default 1/256 of all.
+        overwrite: Score again what is there already.
     """
 
     reference_model: str
@@ -85,6 +89,10 @@ class ScoreArguments:
     num_workers: int = 0
     run_reference: bool = True
     output_dir: str = "scores"
+    num_shards: int = 1
+    shard: int = 0
+    part_batches: int | None = None
+    overwrite: bool = False
 
 
 @dataclass

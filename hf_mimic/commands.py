@@ -86,18 +86,17 @@ def _train_pairs(options: DataArguments, args: Any) -> str:
 
 def score(options: DataArguments, scoring: ScoreArguments) -> str:
     """Score every sample with the model as it is."""
-    import numpy as np
-    import torch
-
+    from hf_mimic.corpus import ScorePass, score_corpus
+    from hf_mimic.corpus_folder import summary
     from hf_mimic.mimic import reference_direction
+    from hf_mimic.processes import Processes
     from hf_mimic.reference_pass import runnable_tensors
-    from hf_mimic.scores import ScoreTable
-    from hf_mimic.scoring import score_dataset
 
     if options.text_column is not None or options.image_id_column is not None:
         raise ValueError(
             "--text_column and --image_id_column are for `hf-mimic train`, score takes labels. Leave them out."
         )
+    team = Processes()
     rows, labels = _rows(options, scoring.sample_id_column)
     model, processor, made = _model(options.model, labels)
     if made:
@@ -105,35 +104,36 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
             f"the model must have a trained head for the data set's {len(labels)} labels; {options.model} has none "
             f"({', '.join(made)} would be made anew, and its scores be noise). Fine-tune it first: hf-mimic train."
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    direction = reference_direction(
-        model, scoring.reference_model, scoring.mimic_layers, revision=scoring.reference_revision
-    )
-    reference = None
-    if scoring.run_reference:
-        try:
-            reference = runnable_tensors(model, scoring.reference_model, revision=scoring.reference_revision)
-        except ValueError as error:
-            raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
-    table = score_dataset(
+    model.to(team.device)
+    reference, revision = scoring.reference_model, scoring.reference_revision
+    direction = reference_direction(model, reference, scoring.mimic_layers, revision=revision)
+    try:
+        tensors = runnable_tensors(model, reference, revision=revision) if scoring.run_reference else None
+    except ValueError as error:
+        raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
+    named = {"model": options.model, "reference": reference, "revision": revision, "layers": scoring.mimic_layers}
+    task = ScorePass(
         model,
         _transformed(rows, processor, options),
         direction,
-        reference=reference,
+        reference=tensors,
         batch_size=scoring.batch_size,
         sample_id_column=scoring.sample_id_column,
-        num_workers=scoring.num_workers,
+        loader_options={"num_workers": scoring.num_workers},
+        named={**named, "data": options.dataset, "split": options.split},
     )
-    stored = ScoreTable(scoring.output_dir)
-    moved = stored.set_aside()
-    if moved is not None:
-        print(f"{scoring.output_dir} held earlier scores; they are now in {moved}")
-    stored.extend(table)
-    stored.flush()
-    values, trust = (table.aggregate()[name].to_numpy() for name in ("mimic_score", "trust"))
-    lines = {"samples": len(values), "mean score": f"{values.mean():.4g}", "negative": f"{(values < 0).mean():.1%}"}
-    if np.isfinite(trust).any():
-        lines["labels probably wrong"] = f"{1 - np.nanmean(trust):.1%}"
+    report = score_corpus(
+        task,
+        scoring.output_dir,
+        shard=(scoring.shard, scoring.num_shards),
+        part_batches=scoring.part_batches,
+        overwrite=scoring.overwrite,
+    )
+    if not team.is_first:
+        return ""
+    if report.moved is not None:
+        print(f"{scoring.output_dir} held earlier scores; they are now in {report.moved}")
+    lines = {**report.told(), **summary(scoring.output_dir)}
     lines["layers"] = f"{len(direction)} tensors, {sum(v.numel() for v in direction.values()):,} parameters"
     return _table({**lines, "scores": scoring.output_dir})
 

@@ -5,7 +5,6 @@ Read `as_reference` (a model that computes with the reference's weights), then `
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_mimic.files import write_atomically
 from hf_mimic.finite import finite_forward, without_trace
+from hf_mimic.judge import LabelJudge
 from hf_mimic.losses import PerSampleLoss, clip_score
 from hf_mimic.mimic import eval_mode, mimic_forward
 from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
@@ -201,23 +201,12 @@ def score_reference(
         Losses of all samples; a trust where the model classifies and the sample has a label.
     """
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "losses", "clip_scores", "log_probs", "labels")}
-    run = partial(mimic_forward, model, direction=None, loss_fn=loss_fn)
     with as_reference(model, tensors):
         for given in batches:
             batch = dict(given)
             found["ids"].append(batch.pop(sample_id_column).cpu().numpy())
-            second, first, valid = finite_forward(model, batch, run, run, anywhere=anywhere)
-            losses, outputs = torch.full(valid.shape, torch.nan, device=valid.device), first.outputs
-            if second is not None:
-                losses[valid] = second.losses.float()
-            found["losses"].append(losses.cpu().numpy())
-            if hasattr(outputs, "image_embeds"):
-                found["clip_scores"].append(clip_score(outputs).cpu().numpy())
-            logits: Any = getattr(outputs, "logits", None)
-            labels: Any = batch.get("labels")
-            if _classifies(logits, labels):
-                found["log_probs"].append(torch.log_softmax(logits.float(), -1).half().cpu().numpy())
-                found["labels"].append(labels.cpu().numpy())
+            for name, column in reference_columns(model, batch, loss_fn, anywhere=anywhere).items():
+                found[name].append(column)
     columns: Any = {name: np.concatenate(parts) if parts else None for name, parts in found.items()}
     if gather is not None:
         every = gather([columns])
@@ -229,13 +218,52 @@ def score_reference(
         }
     if columns["ids"] is None:
         raise ValueError("the data set must have samples for the reference to run on, got none.")
-    broken = float((~np.isfinite(columns["losses"])).mean())
+    check_finite(columns["losses"])
+    return _judged(**columns)
+
+
+def reference_columns(
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: PerSampleLoss, *, anywhere: Callable[[bool], bool] = bool
+) -> dict[str, np.ndarray]:
+    """Run the reference on B samples.
+
+    Args:
+        model: Within `as_reference`.
+        batch: Without ids.
+        loss_fn: (outputs, batch) -> (B,).
+        anywhere: As in `score_reference`.
+
+    Returns:
+        `losses` (B,); of a pair `clip_scores` (B,); of a classifier `log_probs` (B, C), float16, and `labels` (B,).
+    """
+    run = partial(mimic_forward, model, direction=None, loss_fn=loss_fn)
+    second, first, valid = finite_forward(model, batch, run, run, anywhere=anywhere)
+    losses, outputs = torch.full(valid.shape, torch.nan, device=valid.device), first.outputs
+    if second is not None:
+        losses[valid] = second.losses.float()
+    found = {"losses": losses.cpu().numpy()}
+    if hasattr(outputs, "image_embeds"):
+        found["clip_scores"] = clip_score(outputs).cpu().numpy()
+    logits: Any = getattr(outputs, "logits", None)
+    labels: Any = batch.get("labels")
+    if _classifies(logits, labels):
+        found["log_probs"] = torch.log_softmax(logits.float(), -1).half().cpu().numpy()
+        found["labels"] = labels.cpu().numpy()
+    return found
+
+
+def check_finite(losses: np.ndarray) -> None:
+    """Raise if most of the reference's losses (N,) are not finite.
+
+    Raises:
+        ValueError: Which says what to do.
+    """
+    broken = float((~np.isfinite(losses)).mean())
     if broken > 0.5:
         raise ValueError(
             f"the reference's losses must be finite, got {broken:.0%} that are not: it has diverged, or its weights hold "
             'NaN. Use another reference, or strategy="mimic" if the chosen layers are sound.'
         )
-    return _judged(**columns)
 
 
 def _classifies(logits: Any, labels: Any) -> bool:
@@ -249,23 +277,9 @@ def _classifies(logits: Any, labels: Any) -> bool:
 
 
 def _judged(ids: Any, losses: Any, clip_scores: Any, log_probs: Any, labels: Any) -> ReferenceScores:
-    from hf_mimic.trust import LabelNoiseModel, agrees_beyond_chance
-
-    trust = np.full(len(ids), np.nan)
     if log_probs is None or len(log_probs) != len(ids):
-        return ReferenceScores(ids, losses, trust, clip_scores=clip_scores)
-    labelled = (labels >= 0) & (labels < log_probs.shape[1]) & np.isfinite(log_probs).all(1)
+        return ReferenceScores(ids, losses, np.full(len(ids), np.nan), clip_scores=clip_scores)
     _, first = np.unique(ids, return_index=True)  # a padded row must not count twice
-    once = np.intersect1d(first, np.flatnonzero(labelled))
-    if not len(once):
-        return ReferenceScores(ids, losses, trust)
-    if not agrees_beyond_chance(log_probs[once], labels[once]):
-        warnings.warn(
-            f"the reference agrees with {(log_probs[once].argmax(1) == labels[once]).mean():.0%} of {len(once)} labels, no "
-            "more than chance: it is no judge of them, and there is no trust. Look at the order of the labels, at how "
-            'images are preprocessed, and at the reference\'s accuracy. Without a trust, strategy="trust" weighs all alike.'
-        )
-        return ReferenceScores(ids, losses, trust)
-    model = LabelNoiseModel().fit(log_probs[once], labels[once])
-    trust[labelled] = model.predict_proba(log_probs[labelled], labels[labelled])
-    return ReferenceScores(ids, losses, trust, noise_rate=model.noise_rate_)
+    once = np.sort(first)
+    judge = LabelJudge.fit(log_probs[once], labels[once])
+    return ReferenceScores(ids, losses, judge.trust(log_probs, labels), noise_rate=judge.noise_rate)

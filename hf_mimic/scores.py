@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ATTACHED = ("trust", *VALUES, "n_visits", "keep")
 _OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
+_OWN = (_SHARDS, "*.tmp", "scoring.json", "scoring-labels.npz")  # the last two are of `hf_mimic.corpus`
 
 
 class ScoreTable:
@@ -143,7 +144,7 @@ class ScoreTable:
         self.forget()
         if self.folder is None or not self._shards():
             return None
-        others = [p.name for p in self.folder.iterdir() if not (p.match(_SHARDS) or p.match("steps-*.tmp"))]
+        others = [p.name for p in self.folder.iterdir() if not any(map(p.match, _OWN))]
         if others:
             raise ValueError(
                 f"{self.folder} must hold nothing but scores to be set aside, got {', '.join(sorted(others)[:3])}. "

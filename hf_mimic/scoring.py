@@ -57,10 +57,12 @@ def score_dataset(
     Raises:
         ValueError: If ids are missing or repeated, an image does not decode (its row is named), or the reference lacks
             a tensor that it must have to be run.
+        TypeError: If the data set is a stream.
     """
     from tqdm.auto import tqdm
     from transformers import default_data_collator
 
+    check_rows(dataset)
     collate = SampleIdCollator(loader_options.pop("collate_fn", default_data_collator), sample_id_column)
     loader = torch.utils.data.DataLoader(
         SampleIdDataset(dataset, read_sample_ids(dataset, sample_id_column), sample_id_column),
@@ -77,20 +79,50 @@ def score_dataset(
     table, judged = ScoreTable(), None
     if reference is not None:
         tensors = runnable_tensors(model, reference)
-        batches = reference_bar(MappedLoader(loader, partial(_to, device=device)))
+        batches = reference_bar(MappedLoader(loader, partial(to_device, device=device)))
         judged = score_reference(model, tensors, batches, loss_fn, sample_id_column=sample_id_column)
     with eval_mode(model):
         for step, batch in enumerate(tqdm(loader, desc="scoring", unit="batch")):
             ids = batch.pop(sample_id_column)
-            forward = mimic_forward(model, _to(batch, device), direction, loss_fn)
-            values = {"loss": forward.losses, "mimic_score": forward.scores}
-            if hasattr(forward.outputs, "image_embeds"):
-                values["clip_score"] = clip_score(forward.outputs)
+            values = score_columns(model, to_device(batch, device), direction, loss_fn)
             if judged is not None:
                 values |= dict(zip(("ref_loss", "ref_trust"), judged.lookup(ids), strict=True))
             table.record(ids, epoch=0, step=step, **values)
     return table
 
 
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def check_rows(dataset: Any) -> None:
+    """Raise if the data set is a stream.
+
+    Raises:
+        TypeError: Which says what to do.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"the data set must have rows that can be asked for by number, got a {type(dataset).__name__}: a pass that "
+            "was killed could not find in a stream where to go on. Load it without streaming, or write the stream to "
+            "Parquet (in several files if need be, one pass for each) and score that."
+        )
+
+
+def score_columns(
+    model: nn.Module, batch: Mapping[str, Any], direction: Mapping[str, Tensor], loss_fn: PerSampleLoss
+) -> dict[str, Tensor]:
+    """Return the columns of a score table (B,) that a frozen model gives, in eval mode and without gradient.
+
+    Args:
+        model: On the device of the batch.
+        batch: B samples without ids.
+        direction: Parameter name to v.
+        loss_fn: (outputs, batch) -> (B,).
+    """
+    forward = mimic_forward(model, batch, direction, loss_fn)
+    values = {"loss": forward.losses, "mimic_score": forward.scores}
+    if hasattr(forward.outputs, "image_embeds"):
+        values["clip_score"] = clip_score(forward.outputs)
+    return values
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

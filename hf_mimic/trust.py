@@ -50,8 +50,7 @@ class LabelNoiseModel(BaseEstimator):
             ValueError: If a value is not finite, a label is out of range, or there is no row.
         """
         log_probs, labels = np.asarray(log_probs), np.asarray(labels)
-        most = int(np.clip(2_000_000 / max(log_probs.shape[-1], 1), 5_000, _FITTED_ROWS))
-        rows = np.random.default_rng(self.seed).permutation(len(log_probs))[:most]
+        rows = np.random.default_rng(self.seed).permutation(len(log_probs))[: fitted_rows(log_probs.shape[-1])]
         z, y = _checked(log_probs[rows], labels[rows] if len(labels) == len(log_probs) else labels)
         classes = z.shape[1]
         beta, transition = 1.0, _symmetric(classes, 0.2)
@@ -86,6 +85,11 @@ class LabelNoiseModel(BaseEstimator):
         joint = log_softmax(self.beta_ * z, axis=1) + np.log(self.transition_[:, labels].T)
         own = np.take_along_axis(joint, labels[:, None], 1)[:, 0]
         return np.exp(own - logsumexp(joint, axis=1))
+
+
+def fitted_rows(classes: int) -> int:
+    """Return how many rows a `LabelNoiseModel` is fitted on at most."""
+    return int(np.clip(2_000_000 / max(classes, 1), 5_000, _FITTED_ROWS))
 
 
 def agrees_beyond_chance(log_probs: np.ndarray, labels: np.ndarray) -> bool:

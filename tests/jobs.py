@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import corpora
 import models
 import sharded_scores
 import splits
@@ -35,6 +36,22 @@ def step_gradients(folder: Path, *, family: str, split: str, **options: Any) -> 
 def sharded_scores_of(folder: Path, **options: Any) -> dict[str, Any]:
     """Return what sharded_scores.py finds."""
     return sharded_scores.compare(folder, **options)
+
+
+def corpus_of(folder: Path, *, family: str) -> dict[str, Any]:
+    """Return what corpora.py finds."""
+    return corpora.scored(folder, family=family)
+
+
+def corpus_error(folder: Path) -> dict[str, Any]:
+    """Return the message of the error that only the first process finds: the folder holds another pass."""
+    corpora.score_corpus(corpora.make_pass("clip"), folder, shard=(0, 2))
+    PartialState().wait_for_everyone()
+    try:
+        corpora.score_corpus(corpora.make_pass("clip", batch_size=2), folder, shard=(0, 2))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": None}
 
 
 def error_of(folder: Path, *, family: str, split: str, scale: float, **options: Any) -> dict[str, Any]:

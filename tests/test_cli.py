@@ -172,6 +172,30 @@ def test_score_then_filter(home, tmp_path, capsys):
     fails(capsys, 1, message, lambda: main(["filter", *flags, "--output", output]))
 
 
+def test_score_in_shards_then_go_on(home, tmp_path, capsys):
+    assert score(home, tmp_path / "whole", "--batch_size", "4") == 0
+    capsys.readouterr()
+    shard = ["--batch_size", "4", "--num_shards", "2", "--shard"]
+    assert score(home, tmp_path / "shards", *shard, "1") == 0
+    table = cells(capsys.readouterr().out)
+    assert table["shard"] == "1 of 2 (from 0), 3 parts"
+    assert (table["samples"], table["not there yet"]) == ("12", "3 parts of other shards")
+    assert score(home, tmp_path / "shards", *shard, "0") == 0
+    capsys.readouterr()
+    assert score(home, tmp_path / "shards", "--batch_size", "4") == 0
+    assert cells(capsys.readouterr().out)["were there already"].startswith("6 of 6 parts")
+    rows = [ScoreTable.load(tmp_path / name).to_arrow().to_pydict() for name in ("whole", "shards")]
+    assert rows[0] == rows[1]
+    message = "`shard` must be (index, count) with 0 <= index < count, got (2, 2)"
+    fails(capsys, 1, message, lambda: score(home, tmp_path / "shards", *shard, "2"))
+    fails(
+        capsys,
+        1,
+        "`layers` was ['head'] and is ['all']",
+        lambda: score(home, tmp_path / "shards", *shard, "0", "--mimic_layers", "all"),
+    )
+
+
 def test_a_column_of_the_user_s_own_is_not_replaced(home, tmp_path, capsys):
     table, own = ScoreTable(tmp_path / "scores"), tmp_path / "own.parquet"
     table.record(range(24), epoch=0, step=0, mimic_score=[1.0] * 24, ref_loss=[1.0] * 24, ref_trust=[0.5] * 24)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import corpora
 import pytest
 import torch
 from jobs import evaluated
@@ -154,6 +155,9 @@ def all_jobs():
     for name, kill in (("dissect warmup", 5), ("dissect epoch", 7), ("info_batch", 5)):
         options = {"family": "clip", "kill": kill, "save_steps": 1, "selection_rate": 0.6, **CHOOSING[name]}
         yield f"resumed {name}", "resumed", options
+    for family in ("vit", "clip"):
+        yield f"corpus {family}", "corpus_of", {"family": family}
+    yield "corpus error", "corpus_error", {}
     dispatch = {"accelerator_config": {"dispatch_batches": True}}
     yield "resumed dispatch", "resumed", {"kill": 5, "save_steps": 1, **dispatch}
 
@@ -452,6 +456,26 @@ def test_the_others_end_when_a_process_is_lost(tmp_path, how, seconds):
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+# ---- corpora -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["vit", "clip"])
+def test_two_processes_score_a_corpus_as_one(results, tmp_path, family):
+    corpora.score_corpus(corpora.make_pass(family), tmp_path)
+    expected = corpora.scores_of(tmp_path)
+    for rank in (0, 1):
+        result = results[f"corpus {family}", rank]
+        assert "failed" not in result, result["failed"]
+        assert result["found"] == (0, 44, 11, 0)
+        for name in ("whole", "shards"):
+            assert result[name] == expected
+
+
+def test_an_error_of_the_first_process_is_raised_in_all(results):
+    for rank in (0, 1):
+        assert "`batch_size` was 4 and is 2" in results["corpus error", rank]["error"]
 
 
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------

@@ -68,3 +68,24 @@ def test_two_processes_run_the_command_line(tmp_path):
     assert done.stdout.count("next: hf-mimic filter") == 1
     assert "44" in done.stdout
     assert len(list((tmp_path / "out" / "scores").glob("*-rank-*.parquet"))) >= 2
+
+
+@pytest.mark.slow
+def test_two_processes_score_a_corpus(tmp_path):
+    known = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+    save(models.make("vit", **known), tmp_path / "base")
+    save(models.make("vit", seed=1, **known), tmp_path / "reference")
+    images(22).to_parquet(tmp_path / "rows.parquet")
+    command = ["-m", "hf_mimic.cli", "score", "--run_reference", "False", "--batch_size", "4"]
+    for name in ("model", "reference_model", "dataset", "output_dir"):
+        place = {"model": "base", "reference_model": "reference", "dataset": "rows.parquet"}.get(name, "launched")
+        command += [f"--{name}", str(tmp_path / place)]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate/cpu.yaml")]
+    options = {"capture_output": True, "text": True, "check": False, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    done = subprocess.run([sys.executable, *launch, *command], **options)
+    rows = ScoreTable.load(tmp_path / "launched").to_arrow().to_pydict()
+    assert sorted(rows["sample_id"]) == list(range(22)), done.stderr[-3000:]
+    assert done.stdout.count("mean score") == 1
+    alone = subprocess.run([sys.executable, *command[:-1], str(tmp_path / "alone")], **options)
+    assert alone.returncode == done.returncode == 0
+    assert ScoreTable.load(tmp_path / "alone").to_arrow().to_pydict() == rows
