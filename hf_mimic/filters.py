@@ -78,9 +78,9 @@ def _trust(scores: ScoreTable | np.ndarray) -> np.ndarray:
 
 
 class ThresholdFilter(BaseEstimator):
-    """Keep a sample whose relative weight reaches a threshold at most of its visits.
+    """Keep a sample whose relative weight reaches a threshold in most epochs.
 
-    A visit votes to keep if w * b >= threshold; a visit without a weight abstains. Most votes win, a tie goes to the
+    An epoch votes to keep if w * b >= threshold (their mean, if it had several visits); one without a weight abstains. Most votes win, a tie goes to the
     mean weight, and a sample without any vote is kept: there is no evidence against it.
 
     NOTE: the papers' threshold w >= 1/b is the batch's mean, so about half of a clean data set falls below it. It
@@ -117,26 +117,31 @@ class ThresholdFilter(BaseEstimator):
         Returns:
             Booleans (N,); for a table in the order of `scores.aggregate()`.
         """
-        samples, weights, size = _visits(scores)
-        known = ~np.isnan(weights)
-        if not known.any():
+        weights = _weights(scores)
+        least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
+        votes, keep = np.zeros((2, len(weights)), np.int32)
+        total, lowest, highest = np.zeros(len(weights)), np.inf, -np.inf
+        for column in weights.T:  # an epoch at a time: there may be millions of samples
+            known = ~np.isnan(column)
+            votes += known
+            keep += column >= least
+            total += np.where(known, column, 0)
+            lowest = min(lowest, np.min(column, where=known, initial=np.inf))
+            highest = max(highest, np.max(column, where=known, initial=-np.inf))
+        if highest < lowest:
             raise ValueError(
                 "the threshold filter must have relative weights, got none: they are recorded in training, a frozen scoring "
                 "pass has only `mimic_score`, and a batch of one has no weights to compare. Filter by the score instead "
                 "(`s > 0`, or --min_score 0)."
             )
-        samples, weights = samples[known], weights[known]
-        if isinstance(scores, ScoreTable) and np.ptp(weights) <= 1e-6 * weights.max():
+        if isinstance(scores, ScoreTable) and highest - lowest <= 1e-6 * highest:
             warnings.warn(
                 "the threshold filter must have weights that differ, got equal ones only: the run chose its samples (see "
                 "`clip_score`, `loss` and `kept`) or trained plainly, and this filter tells them not apart. Filter by one "
                 "of these columns, or score with a reference."
             )
-        least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
-        votes = np.bincount(samples, minlength=size)
-        keep = np.bincount(samples, weights >= least, minlength=size)
-        mean = np.bincount(samples, weights, minlength=size) / np.maximum(votes, 1)
-        return np.where(2 * keep == votes, (mean >= least) | (votes == 0), 2 * keep > votes)
+        tie = (votes == 0) | (total >= least * votes)
+        return np.where(2 * keep == votes, tie, 2 * keep > votes)
 
     def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
         """Return `fit(scores).predict(scores)`."""
@@ -145,16 +150,13 @@ class ThresholdFilter(BaseEstimator):
 
 def default_filter(scores: ScoreTable) -> TrustFilter | ThresholdFilter:
     """Return a `TrustFilter` where the reference was run on any of the samples, else a `ThresholdFilter`."""
-    trust = scores.to_arrow()["ref_trust"]
+    trust = scores.aggregate()["ref_trust"]
     return TrustFilter() if trust.null_count < len(trust) else ThresholdFilter()
 
 
-def _visits(scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the sample index and the relative weight of every visit, and the number of samples."""
+def _weights(scores: ScoreTable | np.ndarray) -> np.ndarray:
+    """Return the relative weights (N, T), NaN where there is none."""
     if isinstance(scores, ScoreTable):
-        rows = scores.to_arrow()
-        ids, samples = np.unique(rows["sample_id"].to_numpy(), return_inverse=True)
-        return samples, rows["relative_weight"].to_numpy().astype(float), len(ids)
+        return scores.matrix("relative_weight").values
     matrix = np.asarray(scores, dtype=float)
-    matrix = matrix[:, None] if matrix.ndim == 1 else matrix
-    return np.repeat(np.arange(len(matrix)), matrix.shape[1]), matrix.ravel(), len(matrix)
+    return matrix[:, None] if matrix.ndim == 1 else matrix

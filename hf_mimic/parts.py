@@ -5,7 +5,9 @@ Read `Part`, `parts_of_shard`, then `cells` (parts that may repeat each other's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ KEYS = tuple(name for name, _ in _KEYS)
 SCHEMA = pa.schema(_KEYS + [(name, pa.float32()) for name in VALUES])
 _ROWS = 1 << 20  # of a part in memory; as many as pyarrow writes into a row group
 _FEW = 1 << 16  # ids that need not lie close together
+_AHEAD = 2  # parts
 _NO_STEP = -(2**63)
 _ANY = (_NO_STEP, 2**63 - 1)
 
@@ -97,6 +100,22 @@ def _numpy(value: Any) -> np.ndarray:
         value = value.detach()
         return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
     return np.asarray(value)
+
+
+def loaded(plan: Iterable[tuple[Part, Sequence[str]]]) -> Generator[list[np.ndarray], None, None]:
+    """Return the columns of parts, reading ahead while they are used."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead: deque[Future[list[np.ndarray]]] = deque()
+        try:
+            for part, names in plan:
+                ahead.append(reader.submit(part.load, names) if names else reader.submit(list))
+                if len(ahead) > _AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def cells(parts: Sequence[Part]) -> Iterator[list[Part]]:

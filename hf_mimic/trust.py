@@ -6,8 +6,10 @@ loss as further evidence), then `most_f1` (a cut for it). No clean label is used
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, ndtri
 from sklearn.base import BaseEstimator
 
 _FITTED_ROWS = 20_000
@@ -15,6 +17,7 @@ _BLOCK = 1 << 18  # rows whose evidence is weighed at once
 _ENOUGH_EVIDENCE = 100  # rows
 _HIGHEST_CUT = 2 / 3
 _FLOOR = 1e-6
+_RAREST = 1e-7  # share of values beyond which normal scores are cut off
 
 
 class LabelNoiseModel(BaseEstimator):
@@ -137,16 +140,31 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     )
     scale.fit(evidence[rows])
     fitted = np.random.default_rng(0).permutation(len(rows))[:_FITTED_ROWS]
-    twice, soft = np.tile(scale.transform(evidence[rows[fitted]]), (2, 1)), known[fitted]
+    twice, soft = np.tile(_normal_scores(scale, evidence[rows[fitted]]), (2, 1)), known[fitted]
     model = LogisticRegression().fit(
         twice, np.repeat([1, 0], len(fitted)), sample_weight=np.concatenate([soft, 1 - soft])
     )
     result = trust.copy()
     for start in range(0, len(rows), _BLOCK):
         block = slice(start, start + _BLOCK)
-        told = model.decision_function(scale.transform(evidence[rows[block]])) - _logit(soft.mean())
+        told = model.decision_function(_normal_scores(scale, evidence[rows[block]])) - _logit(soft.mean())
         result[rows[block]] = 1 / (1 + np.exp(-(_logit(known[block]) + told)))
     return result
+
+
+def _normal_scores(scale: Any, evidence: np.ndarray) -> np.ndarray:
+    """Return what a fitted `QuantileTransformer` would, at a tenth of the time, and for values of any size alike.
+
+    Its own `transform` takes whatever is within 1e-7 of the least value for the least.
+    """
+    found = np.empty_like(evidence)  # (B, K)
+    ranks = scale.references_
+    for k, quantiles in enumerate(scale.quantiles_.T):
+        share = np.interp(evidence[:, k], quantiles, ranks)
+        if (quantiles[1:] == quantiles[:-1]).any():  # equal values have the mean of their ranks
+            share = (share - np.interp(-evidence[:, k], -quantiles[::-1], -ranks[::-1])) / 2
+        found[:, k] = ndtri(share.clip(_RAREST, 1 - _RAREST))
+    return found
 
 
 def most_f1(trust: np.ndarray) -> float:

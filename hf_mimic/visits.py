@@ -1,20 +1,22 @@
 """All visits of a score table, piece by piece: means per sample and per epoch without all rows in memory.
 
-Read `Visits.pieces` (each visit once, in order of steps), then `Visits.means` and `Visits.matrix`. For N samples, a few
+Read `Visits.cells` (each visit once, in order of steps), then `Visits.means` and `Visits.matrix`. For N samples, a few
 arrays (N,) and the ids of the visits of one epoch are in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from hf_mimic.parts import VALUES, Part, SampleIndex, cells, counted, parts_of_rows, parts_of_shard
+from hf_mimic.parts import VALUES, Part, SampleIndex, cells, counted, loaded, parts_of_rows, parts_of_shard
 
+_SMALL = 4  # a cell with fewer than 1/4 of N rows is not worth an array (N,)
 _EVIDENCE = (("mimic_score", 1), ("loss", -1))
 
 
@@ -46,17 +48,20 @@ class Means(NamedTuple):
     counts: dict[str, np.ndarray]
 
 
-class Piece(NamedTuple):
-    """The rows of a part that count, (n,), and the places of their samples in arrays (N,)."""
+class Cell(NamedTuple):
+    """Parts whose steps overlap, and the places of their samples in arrays (N,).
 
-    part: Part
-    places: np.ndarray
-    counted: np.ndarray | None
+    Args:
+        parts: In their order.
+        places: For each part, of the rows that count.
+        there: Which samples are in the cell (N,), if none has two rows in it; None if one has, or the cell is small.
+        columns: Of the values that were asked for, for each part: name to what it has of them, one value per place.
+    """
 
-    def load(self, names: Sequence[str]) -> list[np.ndarray]:
-        """Return columns (n,)."""
-        columns = self.part.load(names) if names else []
-        return columns if self.counted is None else [column[self.counted] for column in columns]
+    parts: list[Part]
+    places: list[np.ndarray]
+    there: np.ndarray | None
+    columns: Iterator[dict[str, np.ndarray]]
 
 
 class Visits:
@@ -76,49 +81,71 @@ class Visits:
         self.index = SampleIndex(self.parts)
 
     def __len__(self) -> int:
-        return sum(len(piece.places) for piece in self.pieces())
+        return sum(len(places) for cell in self.cells() for places in cell.places)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Return all visits, part by part, in order of steps."""
-        for cell in cells(self.parts):
-            places = [self.index.places(part.load(["sample_id"])[0]) for part in cell]
-            for part, found, which in zip(cell, places, counted(cell, places), strict=True):
-                yield Piece(part, found if which is None else found[which], which)
+    def cells(self, names: Sequence[str] = ()) -> Iterator[Cell]:
+        """Return all visits, in order of steps, with the columns that are asked for; take these before the next cell."""
+        order = list(cells(self.parts))
+        with closing(loaded(_plan(order, names))) as arrays:
+            for parts in order:
+                places = [self.index.places(next(arrays)[0]) for _ in parts]
+                which: list[np.ndarray | None] = [None] * len(parts)
+                there = self._there(places)
+                if there is None:
+                    which = counted(parts, places)
+                    places = [p if w is None else p[w] for p, w in zip(places, which, strict=True)]
+                    there = self._there(places)
+                yield Cell(parts, places, there, _columns(parts, which, names, arrays))
 
     def means(self, names: Sequence[str] = VALUES) -> Means:
         """Return the means of columns over the visits of each sample; NaN and infinity are no values."""
-        sums = {name: _Sums(self.index.size) for name in names if any(name in part.known for part in self.parts)}
+        names = [name for name in names if any(name in part.known for part in self.parts)]
+        sums = {name: _Sums(self.index.size) for name in names}
         visits = np.zeros(self.index.size, np.int32)
-        for piece in self.pieces():
-            np.add.at(visits, piece.places, np.int32(1))
-            here = [name for name in sums if name in piece.part.known]
-            for name, column in zip(here, piece.load(here), strict=True):
-                sums[name].add(piece.places, column)
-            for name in sums.keys() - set(here):
-                sums[name].skip(piece.places)
+        for cell in self.cells(names):
+            _count(visits, cell)
+            for places, columns in zip(cell.places, cell.columns, strict=True):
+                for name, total in sums.items():
+                    total.add(places, columns.get(name), once=cell.there is not None)
+            for total in sums.values():
+                total.close()
         there = visits > 0
         rows = slice(None) if there.all() else there
         counts = {name: total.count(visits)[rows] for name, total in sums.items()}
-        values = {name: sums.pop(name).mean(visits)[rows] for name in [*sums]}
+        values = {name: sums.pop(name).mean(visits)[rows] for name in names}
         return Means(self.index.ids(there), values, counts)
 
     def matrix(self, name: str) -> ScoreMatrix:
         """Return the means of a column over the visits of each sample in each epoch."""
         epochs, size = self._epochs(), self.index.size
-        values, there = np.full((size, len(epochs)), np.nan, np.float32), np.zeros(size, bool)
-        to_come = sum((_covers(part, epochs).astype(int) for part in self.parts), np.zeros(len(epochs), int))
-        sums: dict[int, tuple[_Sums, np.ndarray]] = {}  # of the epochs that parts to come belong to
-        for piece in self.pieces():
-            there[piece.places] = True
-            for number, places, column in _by_epoch(piece, name, epochs):
+        values = np.full((len(epochs), size), np.nan, np.float32).T  # one epoch after the other in memory
+        there = np.zeros(size, bool)
+        to_come = _covered(self.parts, epochs)
+        sums: dict[int, tuple[_Sums, np.ndarray]] = {}  # of the epochs that go on in later cells
+        for cell in self.cells([name]):
+            to_come -= _covered(cell.parts, epochs)
+            for places in cell.places:
+                there[places] = True
+            for number, places, column in _by_epoch(cell, name, epochs):
+                if cell.there is not None and number not in sums and not to_come[number]:
+                    values[:, number][places] = np.where(np.isfinite(column), column, np.nan)
+                    continue
                 total, visits = sums.setdefault(number, (_Sums(size), np.zeros(size, np.int32)))
                 np.add.at(visits, places, np.int32(1))
                 total.add(places, column)
-            to_come -= _covers(piece.part, epochs)
             for number in [n for n in sums if not to_come[n]]:
                 total, visits = sums.pop(number)
                 values[:, number] = total.mean(visits)
         return ScoreMatrix(self.index.ids(there), epochs, values if there.all() else values[there])
+
+    def _there(self, places: Sequence[np.ndarray]) -> np.ndarray | None:
+        rows = sum(map(len, places))
+        if rows * _SMALL < self.index.size:
+            return None
+        there = np.zeros(self.index.size, bool)
+        for part in places:
+            there[part] = True
+        return there if np.count_nonzero(there) == rows else None
 
     def _epochs(self) -> np.ndarray:
         found = set()
@@ -150,45 +177,99 @@ def aggregate(visits: Visits) -> pa.Table:
     return pa.table({"sample_id": means.sample_id, **columns, "n_visits": n_visits})
 
 
+def _plan(order: Sequence[list[Part]], names: Sequence[str]) -> Iterator[tuple[Part, list[str]]]:
+    for parts in order:
+        yield from ((part, ["sample_id"]) for part in parts)
+        yield from ((part, _wanted(part, names)) for part in parts if names)
+
+
+def _wanted(part: Part, names: Sequence[str]) -> list[str]:
+    """Return the columns that a part has, and its epochs if only they tell which of its rows belong to one."""
+    found = [name for name in names if name in part.known]
+    return [*found, "epoch"] if len(names) == 1 and found and len({*part.spans["epoch"]}) > 1 else found
+
+
+def _columns(
+    parts: Sequence[Part],
+    counted: Sequence[np.ndarray | None],
+    names: Sequence[str],
+    arrays: Iterator[list[np.ndarray]],
+) -> Iterator[dict[str, np.ndarray]]:
+    for part, which in zip(parts, counted, strict=True):
+        found = next(arrays) if names else []
+        found = found if which is None else [column[which] for column in found]
+        yield dict(zip(_wanted(part, names), found, strict=True))
+
+
+def _count(visits: np.ndarray, cell: Cell) -> None:
+    if cell.there is not None:
+        visits += cell.there
+        return
+    for places in cell.places:
+        np.add.at(visits, places, np.int32(1))
+
+
+def _covered(parts: Sequence[Part], epochs: np.ndarray) -> np.ndarray:
+    """Return how many parts may have rows of each epoch."""
+    return sum((_covers(part, epochs).astype(int) for part in parts), np.zeros(len(epochs), int))
+
+
 def _covers(part: Part, epochs: np.ndarray) -> np.ndarray:
     first, last = part.spans["epoch"]
     return (first <= epochs) & (epochs <= last)
 
 
-def _by_epoch(piece: Piece, name: str, epochs: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Return the places and the values of each epoch in a piece, and where the epoch is among `epochs`."""
-    if name not in piece.part.known:
-        return
-    here = np.flatnonzero(_covers(piece.part, epochs))
-    if len(here) == 1:
-        yield int(here[0]), piece.places, piece.load([name])[0]
-        return
-    column, of = piece.load([name, "epoch"])
-    for number in here.tolist():
-        which = of == epochs[number]
-        yield number, piece.places[which], column[which]
+def _by_epoch(cell: Cell, name: str, epochs: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Return the places and the values of each epoch in each part, and where the epoch is among `epochs`."""
+    for part, places, columns in zip(cell.parts, cell.places, cell.columns, strict=True):
+        if name not in columns:
+            continue
+        here = np.flatnonzero(_covers(part, epochs)).tolist()
+        if "epoch" not in columns:
+            yield here[0], places, columns[name]
+            continue
+        for number in here:
+            which = columns["epoch"] == epochs[number]
+            yield number, places[which], columns[name][which]
 
 
 class _Sums:
-    """Sums of the values at places (N,), in float64, and how many rows had none."""
+    """Sums of the values at places (N,), in float64, and how many rows had none.
+
+    Rows of a cell in which no sample has two are written to places first, then added: twice as fast as adding one by one.
+    """
 
     def __init__(self, size: int) -> None:
         self.sums = np.zeros(size)
         self.missing: np.ndarray | None = None
+        self.once: np.ndarray | None = None
 
-    def add(self, places: np.ndarray, values: np.ndarray) -> None:
-        known = np.isfinite(values)
+    def add(self, places: np.ndarray, values: np.ndarray | None, *, once: bool = False) -> None:
+        """Add values (n,), None for none, at places (n,)."""
+        known = np.zeros(len(places), bool) if values is None else np.isfinite(values)
         if not known.all():
-            self.skip(places[~known])
+            if self.missing is None:
+                self.missing = np.zeros(len(self.sums), np.int32)
+            np.add.at(self.missing, places[~known], np.int32(1))
+        if values is None:
+            return
+        if not known.all():
             places, values = places[known], values[known]
-        np.add.at(self.sums, places, values.astype(np.float64))
+        if not once:
+            np.add.at(self.sums, places, values.astype(np.float64))
+            return
+        if self.once is None:
+            self.once = np.zeros(len(self.sums), np.float32)
+        self.once[places] = values
 
-    def skip(self, places: np.ndarray) -> None:
-        if self.missing is None:
-            self.missing = np.zeros(len(self.sums), np.int32)
-        np.add.at(self.missing, places, np.int32(1))
+    def close(self) -> None:
+        """Add what was written since the last call."""
+        if self.once is not None:
+            self.sums += self.once
+            self.once.fill(0)
 
     def count(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of values (N,), given how many rows there were."""
         return rows if self.missing is None else rows - self.missing
 
     def mean(self, rows: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.preprocessing import QuantileTransformer
 
 from hf_mimic import parts, visits
 from hf_mimic.scores import SCHEMA, VALUES, ScoreTable
-from hf_mimic.trust import combine
+from hf_mimic.trust import _normal_scores, combine
 
 NAN = float("nan")
 COLUMNS = ("mimic_score", "relative_weight", "loss", "clip_score")  # the others stay null
@@ -262,6 +263,18 @@ def test_trust_is_combined_block_by_block(monkeypatch, block):
     monkeypatch.setattr("hf_mimic.trust._BLOCK", block)
     np.testing.assert_allclose(combine(trust, evidence), whole, rtol=1e-12)
     assert not np.allclose(whole, trust, equal_nan=True)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_normal_scores_are_those_of_scikit_learn(ties):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3000, 2)).round(1 if ties else 20)
+    scale = QuantileTransformer(output_distribution="normal", n_quantiles=300, random_state=0).fit(values)
+    seen = np.concatenate([values, 3 * rng.normal(size=(1000, 2))])
+    np.testing.assert_allclose(_normal_scores(scale, seen), scale.transform(seen), atol=1e-8)
+    small = QuantileTransformer(output_distribution="normal", n_quantiles=300, random_state=0).fit(values * 1e-9)
+    np.testing.assert_allclose(_normal_scores(small, seen * 1e-9), scale.transform(seen), atol=1e-8)
+    assert np.abs(small.transform(seen * 1e-9) - scale.transform(seen)).max() > 1
 
 
 def test_trust_of_a_table_is_that_of_its_means():
