@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from hf_mimic.filters import ThresholdFilter, TrustFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
     from hf_mimic.pairs import PairCollator
+    from hf_mimic.report import build_report
+    from hf_mimic.report_options import ReportOptions
     from hf_mimic.samplers import DISSectBatchSampler
     from hf_mimic.scores import ScoreTable, attach_scores
     from hf_mimic.scoring import score_dataset
@@ -22,10 +24,12 @@ _HOMES = {
     "MimicTrainer": "trainer",
     "MimicTrainingArguments": "arguments",
     "PairCollator": "pairs",
+    "ReportOptions": "report_options",
     "ScoreTable": "scores",
     "ThresholdFilter": "filters",
     "TrustFilter": "filters",
     "attach_scores": "scores",
+    "build_report": "report",
     "mimic_scores": "mimic",
     "reference_direction": "mimic",
     "score_dataset": "scoring",
@@ -37,10 +41,12 @@ __all__ = [
     "MimicTrainer",
     "MimicTrainingArguments",
     "PairCollator",
+    "ReportOptions",
     "ScoreTable",
     "ThresholdFilter",
     "TrustFilter",
     "attach_scores",
+    "build_report",
     "data",
     "losses",
     "metrics",

@@ -159,3 +159,53 @@ class EvaluateArguments:
     num_workers: int = 0
     on_error: str = "raise"
     output: str | None = None
+
+
+@dataclass
+class ReportArguments:
+    """What a report is about, and where it goes.
+
+    Args:
+        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`; without it the data
+            set must have score columns, such as `hf-mimic filter --keep_all` writes.
+        dataset: The data set that was scored: Hub data set, folder or data file; without it there are no images.
+        split: Split of the data set.
+        output_dir: Where report.html, report.json and figures/ go.
+        title: Of the page.
+        score: Column that is cut; by default the first that there is of trust, mimic_score, relative_weight, clip_score.
+        cut: Where the slider starts.
+        image_column: Column with the images; by default "image", if there is one.
+        label_column: Column with the labels; by default "label", if there is one.
+        text_column: Column with captions; by default "text", if there is one.
+        sample_id_column: Integer id column; if there is none, row numbers are the ids.
+        keep_column: Column with the decisions of a filter of yours, to compare with ours; by default "keep", if there is
+            one.
+        features: .npy file (N, D), one row per row of the data set, to find neighbours by.
+        compare: JSON file: name of a data set to its quality, {"name": {"noise_rate": 0.1, ...}, ...}.
+        health: Checkpoint folder, mimic_state.json or trainer_state.json of the run; by default the last checkpoint beside
+            the scores.
+        max_rows: Of how many rows the page holds the numbers.
+        max_images: How many images are shown.
+        seed: Of the samples.
+        space: Also write the README.md of a static Space.
+    """
+
+    scores: str | None = None
+    dataset: str | None = None
+    split: str = "train"
+    output_dir: str = "report"
+    title: str | None = None
+    score: str | None = None
+    cut: float | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    text_column: str | None = None
+    sample_id_column: str = "sample_id"
+    keep_column: str | None = None
+    features: str | None = None
+    compare: str | None = None
+    health: str | None = None
+    max_rows: int = 25_000
+    max_images: int = 2_000
+    seed: int = 0
+    space: bool = False

@@ -15,6 +15,7 @@ from hf_mimic.command_arguments import (
     DemoArguments,
     EvaluateArguments,
     FilterArguments,
+    ReportArguments,
     ScoreArguments,
     evaluation_part,
     resume_point,
@@ -218,6 +219,13 @@ def evaluate(options: EvaluateArguments) -> str:
     return _table(readable(evaluate_image_text(options)))
 
 
+def report(options: ReportArguments) -> str:
+    """Write a page on which a person looks at the scores and chooses the cut."""
+    from hf_mimic.report_command import run_report
+
+    return _table(run_report(options))
+
+
 # ---- shared by the commands ----------------------------------------------------------------------------------------
 
 
@@ -274,4 +282,5 @@ COMMANDS: dict[str, tuple[Callable[..., str], Callable[[], list[Any]]]] = {
     "score": (score, lambda: [DataArguments, ScoreArguments]),
     "filter": (filter_rows, lambda: [FilterArguments]),
     "evaluate": (evaluate, lambda: [EvaluateArguments]),
+    "report": (report, lambda: [ReportArguments]),
 }
