@@ -23,7 +23,7 @@ from hf_mimic.thumbnails import KIND, Thumbnails
 
 _SCRIPTS = ("data.js", "cut.js", "samples.js")
 _MOST_CLASSES = 200
-_CAPTION = 300  # characters
+_CAPTION, _CAPTIONS = 300, 5_000_000  # characters of one caption at most, bytes of all of them
 _STEPS = 5  # of a heat table
 SECTIONS = {
     "cut": "Cut",
@@ -65,11 +65,13 @@ def render(numbers: Mapping[str, Any], rows: Rows, shown: np.ndarray, pictures: 
     environment.filters |= {"num": _num, "share": _share, "format": _formatted, "num2": _num2, "level": _level}
     style = _asset("page.css")
     script = "\n".join(map(_asset, _SCRIPTS))
+    data = page_data(numbers, rows, shown, pictures)
     return environment.from_string(_asset("page.html")).render(
         n=numbers,
+        longest_caption=data["longest_caption"],
         style=Markup(style),
         script=Markup(script),
-        data=Markup(safe_json(page_data(numbers, rows, shown, pictures))),
+        data=Markup(safe_json(data)),
         policy=_policy(style, script),
         sections=[*SECTIONS.items()],
         pictures=bool(pictures.data or pictures.broken),
@@ -96,7 +98,7 @@ def page_data(numbers: Mapping[str, Any], rows: Rows, shown: np.ndarray, picture
     order = shown[np.argsort(rows.score[shown], kind="stable")]
     score = rows.score[order]
     pictured = [(place, pictures.data[row]) for place, row in enumerate(order.tolist()) if row in pictures.data]
-    captions = [_cut_off(text) for text in rows.captions(order)] if "text" in rows.columns_of else None
+    captions, longest = shortened(rows.captions(order)) if "text" in rows.columns_of else (None, None)
     return {
         "score": rows.score_name,
         "cut": numbers["cut"]["value"],
@@ -105,6 +107,7 @@ def page_data(numbers: Mapping[str, Any], rows: Rows, shown: np.ndarray, picture
         "ids": _packed(rows.ids[order], "<i8"),
         "labels": _packed(rows.labels[order], "<i4"),
         "captions": captions,
+        "longest_caption": longest,
         "columns": [{"name": name, "values": _packed(v[order], "<f4")} for name, v in rows.columns.items()],
         "kind": KIND,
         "pictured": _packed(np.asarray([place for place, _ in pictured]), "<i4"),
@@ -117,8 +120,19 @@ def _packed(values: np.ndarray, kind: str) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode()
 
 
-def _cut_off(text: str) -> str:
-    return text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
+def shortened(captions: list[str], most: int = _CAPTIONS) -> tuple[list[str], int | None]:
+    """Return captions of at most 300 characters, fewer where all of them are too many bytes; and that limit, if it cut.
+
+    Args:
+        captions: (N,).
+        most: Bytes of all of them.
+    """
+    limit = _CAPTION
+    while sum(len(text[:limit].encode()) for text in captions) > most and limit > 1:
+        limit = limit * 3 // 4
+    if all(len(text) <= limit for text in captions):
+        return captions, None
+    return [text if len(text) <= limit else text[: limit - 1] + "…" for text in captions], limit
 
 
 def _asset(name: str) -> str:

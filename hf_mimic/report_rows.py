@@ -61,8 +61,8 @@ class Rows:
 
     @property
     def score(self) -> np.ndarray:
-        """The score that is cut (N,)."""
-        return self.columns[self.score_name]
+        """The score that is cut (N,), float64: a cut must not be rounded to float32 before it is compared."""
+        return self.columns[self.score_name].astype(float)
 
     def captions(self, rows: np.ndarray) -> list[str]:
         """Return the captions of some rows; of a list of captions, the first."""

@@ -22,7 +22,7 @@ from hf_mimic.cli import main
 from hf_mimic.data import load_rows
 from hf_mimic.report import build_report
 from hf_mimic.report_health import health_numbers, last_checkpoint, read_health
-from hf_mimic.report_html import page_data, safe_json
+from hf_mimic.report_html import page_data, safe_json, shortened
 from hf_mimic.report_options import ReportOptions
 from hf_mimic.report_rows import default_cut, read_labels, read_rows
 from hf_mimic.scores import ScoreTable
@@ -259,6 +259,13 @@ def test_the_default_cut_of_each_score():
     assert default_cut(read_rows(table, None, ReportOptions()))[0] == pytest.approx(0.25, abs=0.05)
 
 
+def test_a_cut_is_not_rounded_to_float32(tmp_path):
+    """The nearest float32 to 0.55613 is below it: `s >= 0.55613` drops it, and so must we."""
+    assert float(np.float32(0.55613)) < 0.55613
+    report = build_report(table_of([0.55613, 0.7]), tmp_path, options=ReportOptions(cut=0.55613))
+    assert report.numbers["cut"]["kept"] == 1
+
+
 def test_a_cut_of_ones_own(tmp_path):
     report = build_report(table_of(SCORES), tmp_path, options=ReportOptions(cut=0.25))
     assert (report.numbers["cut"]["value"], report.numbers["cut"]["kept"]) == (0.25, 2)
@@ -486,7 +493,16 @@ def test_long_captions_are_cut_off_on_the_page_only():
     )
     data = page_data({"cut": {"value": 0.0}}, rows, np.arange(6), make_thumbnails(rows.dataset, np.arange(0)))
     assert [len(text) for text in data["captions"]] == [300, 0, 0, 1, 1, 1]
+    assert data["longest_caption"] == 300
     assert rows.text_lengths.tolist() == [1000, 0, 0, 1, 1, 1]
+
+
+def test_captions_of_many_bytes_are_cut_off_earlier():
+    assert shortened(["abc", "d"]) == (["abc", "d"], None)
+    found, limit = shortened(["日" * 200] * 100, most=30_000)
+    assert limit == 94
+    assert found == ["日" * 93 + "…"] * 100
+    assert sum(len(text.encode()) for text in found) <= 30_000
 
 
 # ---- health --------------------------------------------------------------------------------------------------------
