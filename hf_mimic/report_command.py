@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_mimic.command_arguments import ReportArguments
-from hf_mimic.data import load_rows, read_sample_ids
+from hf_mimic.data import load_rows
 from hf_mimic.filters import ThresholdFilter, TrustFilter
-from hf_mimic.pairs import identified
 from hf_mimic.report import build_report
 from hf_mimic.report_health import last_checkpoint, read_health
 from hf_mimic.report_options import ReportOptions
+from hf_mimic.report_rows import row_ids
 from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
@@ -87,9 +87,8 @@ def _own_filter(dataset: Dataset | None, table: ScoreTable | None, options: Repo
                 f"the data set must have the column {name!r}, got {columns}. Name yours with --keep_column."
             )
         return None
-    rows = identified(dataset, options.sample_id_column)
-    cells = rows.select_columns([name or "keep"]).with_format("arrow")[:][name or "keep"].to_pylist()
-    ids = read_sample_ids(rows, options.sample_id_column)
+    ids = row_ids(dataset, options.sample_id_column)
+    cells = dataset.select_columns([name or "keep"]).with_format("arrow")[:][name or "keep"].to_pylist()
     known = np.sort(ids) if table is None else table.aggregate()["sample_id"].to_numpy()
     keep = np.ones(len(known), dtype=bool)  # what has no decision is kept
     place = np.searchsorted(known, ids).clip(max=len(known) - 1)

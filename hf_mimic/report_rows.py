@@ -91,15 +91,14 @@ def read_rows(table: ScoreTable | None, dataset: Dataset | None, options: Report
     if table is None and dataset is None:
         raise ValueError("a report must have scores or a data set with score columns, got neither.")
     given = None if dataset is None else dataset.with_format(None)
-    scores = _attached(given, options.sample_id_column) if table is None else table.aggregate()
+    scores = table.aggregate() if table is not None else _attached(given, options.sample_id_column)
     columns_of = {} if given is None else _columns_of(given, options)
     known, notes = scores["sample_id"].to_numpy(), []
     if given is None:
         ids, found = known, np.arange(len(known))
     else:
         numbered = options.sample_id_column not in given.column_names
-        given = identified(given, options.sample_id_column)
-        ids = read_sample_ids(given, options.sample_id_column)
+        ids = row_ids(given, options.sample_id_column)
         found = _match(ids, known, numbered=numbered)
         notes += _unmatched(found, len(known))
     columns = {n: _taken(scores[n], found) for n in _COLUMNS if scores[n].null_count < len(scores)}
@@ -111,6 +110,16 @@ def read_rows(table: ScoreTable | None, dataset: Dataset | None, options: Report
     notes += _gaps(columns_of, columns[score_name], labels, given is not None)
     lengths = _lengths(given, columns_of["text"]) if given is not None and "text" in columns_of else None
     return Rows(ids, columns, score_name, found, len(known), labels, classes, lengths, notes, given, columns_of)
+
+
+def row_ids(dataset: Dataset, column: str) -> np.ndarray:
+    """Return the ids of the rows (N,), int64: integers, hashes of strings, or row numbers where there is no column.
+
+    Nothing but the ids is read: adding a column to a data set would copy every image of one that was shuffled.
+    """
+    if column not in dataset.column_names:
+        return np.arange(len(dataset))
+    return read_sample_ids(identified(dataset.select_columns([column]), column), column)
 
 
 def default_cut(rows: Rows) -> tuple[float, str]:
@@ -134,17 +143,16 @@ def _short(cut: float, score: np.ndarray) -> float:
     return cut
 
 
-def _attached(dataset: Dataset | None, sample_id_column: str) -> pa.Table:
+def _attached(dataset: Dataset, sample_id_column: str) -> pa.Table:
     """Return the score columns of a data set as `ScoreTable.aggregate` would."""
-    given = identified(dataset, sample_id_column)
-    ids = read_sample_ids(given, sample_id_column)
-    names = [name for name in _COLUMNS if name in given.column_names]
+    names = [name for name in _COLUMNS if name in dataset.column_names]
     if not names:
         raise ValueError(
-            f"the data set must have a score column ({', '.join(_COLUMNS)}), got {', '.join(given.column_names)}. Give "
+            f"the data set must have a score column ({', '.join(_COLUMNS)}), got {', '.join(dataset.column_names)}. Give "
             "the scores of a run (--scores), or what `hf-mimic filter --keep_all` wrote."
         )
-    cells = given.select_columns(names).with_format("arrow")[:]
+    ids = row_ids(dataset, sample_id_column)
+    cells = dataset.select_columns(names).with_format("arrow")[:]
     absent = pa.nulls(len(ids), pa.float32())
     columns = [cells[name].cast(pa.float32()) if name in names else absent for name in _COLUMNS]
     return pa.table([pa.array(ids), *columns], names=["sample_id", *_COLUMNS]).sort_by("sample_id")

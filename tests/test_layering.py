@@ -189,10 +189,10 @@ ARROWS: dict[str, set[str]] = {
         "command_arguments",
         "data",
         "filters",
-        "pairs",
         "report",
         "report_health",
         "report_options",
+        "report_rows",
         "scores",
     },
     "commands": {

@@ -20,11 +20,12 @@ import hf_mimic
 from hf_mimic import attach_scores
 from hf_mimic.cli import main
 from hf_mimic.data import load_rows
+from hf_mimic.pairs import identified
 from hf_mimic.report import build_report
 from hf_mimic.report_health import health_numbers, last_checkpoint, read_health
 from hf_mimic.report_html import page_data, safe_json, shortened
 from hf_mimic.report_options import ReportOptions
-from hf_mimic.report_rows import default_cut, read_labels, read_rows
+from hf_mimic.report_rows import default_cut, read_labels, read_rows, row_ids
 from hf_mimic.scores import ScoreTable
 from hf_mimic.thumbnails import make_thumbnails, small_rgb
 from hf_mimic.trust import most_f1
@@ -283,6 +284,22 @@ def test_rows_are_joined_by_id_whatever_their_order():
     np.testing.assert_allclose(found.score, SCORES[[4, 0, 5, 2]], rtol=1e-6)
     assert found.by_row(SCORES > 0).tolist() == [True, False, True, True]
     assert "2 of 6 scored samples are not in the data set and are left out." in found.notes
+
+
+def test_ids_of_every_kind():
+    rows = images_of(LABELS)
+    assert row_ids(rows.select([3, 1]), "sample_id").tolist() == [3, 1]
+    assert row_ids(rows.remove_columns("sample_id").select([3, 1]), "sample_id").tolist() == [0, 1]
+    named = rows.add_column("name", ["a", "b", "c", "d", "e", "f"])
+    assert row_ids(named, "name").tolist() == identified(named, "name")["name"][:]
+    with pytest.raises(ValueError, match="the column `label` must hold unique ids, got 3 repeated"):
+        row_ids(rows, "label")
+
+
+def test_a_shuffled_data_set_without_ids_is_not_copied(monkeypatch):
+    rows = images_of(LABELS).remove_columns("sample_id").shuffle(seed=0)
+    monkeypatch.setattr("datasets.Dataset.flatten_indices", lambda *_, **__: pytest.fail("the rows were copied"))
+    assert read_rows(table_of(SCORES), rows, ReportOptions()).ids.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_rows_without_a_score_are_kept_and_counted(tmp_path):
