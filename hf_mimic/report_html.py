@@ -63,6 +63,7 @@ def render(numbers: Mapping[str, Any], rows: Rows, shown: np.ndarray, pictures: 
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"num": _num, "share": _share, "format": _formatted, "num2": _num2, "level": _level}
+    environment.filters["exact"] = "{:.10g}".format
     style = _asset("page.css")
     script = "\n".join(map(_asset, _SCRIPTS))
     data = page_data(numbers, rows, shown, pictures)

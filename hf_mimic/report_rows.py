@@ -216,7 +216,7 @@ def _unmatched(found: np.ndarray, known: int) -> list[str]:
 
 def _taken(column: pa.ChunkedArray, found: np.ndarray) -> np.ndarray:
     values = column.cast(pa.float32()).to_numpy()
-    return np.where(found >= 0, values[found], np.float32("nan")).astype(np.float32)
+    return np.where((found >= 0) & np.isfinite(values[found]), values[found], np.nan).astype(np.float32)
 
 
 def _score_name(columns: Mapping[str, Any], wanted: str | None, size: int) -> str:
