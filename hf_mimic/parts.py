@@ -24,7 +24,7 @@ KEYS = tuple(name for name, _ in _KEYS)
 SCHEMA = pa.schema(_KEYS + [(name, pa.float32()) for name in VALUES])
 _ROWS = 1 << 20  # of a part in memory; as many as pyarrow writes into a row group
 _FEW = 1 << 16  # ids that need not lie close together
-_AHEAD = 2  # parts
+_AHEAD = 4  # parts
 _NO_STEP = -(2**63)
 _ANY = (_NO_STEP, 2**63 - 1)
 
@@ -104,7 +104,7 @@ def _numpy(value: Any) -> np.ndarray:
 
 def loaded(plan: Iterable[tuple[Part, Sequence[str]]]) -> Generator[list[np.ndarray], None, None]:
     """Return the columns of parts, reading ahead while they are used."""
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(2) as reader:
         ahead: deque[Future[list[np.ndarray]]] = deque()
         try:
             for part, names in plan:
@@ -132,6 +132,20 @@ def cells(parts: Sequence[Part]) -> Iterator[list[Part]]:
         cell.append(i)
     if cell:
         yield [parts[j] for j in sorted(cell)]
+
+
+def by_epoch(found: Iterable[list[Part]], most: int) -> Iterator[list[Part]]:
+    """Join cells that follow each other in an epoch, up to so many rows."""
+    joined: list[Part] = []
+    for cell in found:
+        together = joined + cell
+        epochs = {part.spans["epoch"] for part in together}
+        if joined and (len(epochs) > 1 or sum(part.rows for part in together) > most):
+            yield joined
+            together = cell
+        joined = together
+    if joined:
+        yield joined
 
 
 def counted(cell: Sequence[Part], places: Sequence[np.ndarray]) -> list[np.ndarray | None]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from hf_mimic.parts import VALUES, Part, SampleIndex, cells, counted, loaded, parts_of_rows, parts_of_shard
+from hf_mimic.parts import VALUES, Part, SampleIndex, by_epoch, cells, counted, loaded, parts_of_rows, parts_of_shard
 
 _SMALL = 4  # a cell with fewer than 1/4 of N rows is not worth an array (N,)
 _EVIDENCE = (("mimic_score", 1), ("loss", -1))
@@ -49,7 +49,7 @@ class Means(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Parts whose steps overlap, and the places of their samples in arrays (N,).
+    """Parts of an epoch, or whose steps overlap, and the places of their samples in arrays (N,).
 
     Args:
         parts: In their order.
@@ -85,7 +85,7 @@ class Visits:
 
     def cells(self, names: Sequence[str] = ()) -> Iterator[Cell]:
         """Return all visits, in order of steps, with the columns that are asked for; take these before the next cell."""
-        order = list(cells(self.parts))
+        order = list(by_epoch(cells(self.parts), self.index.size))
         with closing(loaded(_plan(order, names))) as arrays:
             for parts in order:
                 places = [self.index.places(next(arrays)[0]) for _ in parts]
@@ -124,11 +124,11 @@ class Visits:
         sums: dict[int, tuple[_Sums, np.ndarray]] = {}  # of the epochs that go on in later cells
         for cell in self.cells([name]):
             to_come -= _covered(cell.parts, epochs)
-            for places in cell.places:
-                there[places] = True
+            _mark(there, cell)
             for number, places, column in _by_epoch(cell, name, epochs):
                 if cell.there is not None and number not in sums and not to_come[number]:
-                    values[:, number][places] = np.where(np.isfinite(column), column, np.nan)
+                    known = np.isfinite(column)
+                    values[:, number][places] = column if known.all() else np.where(known, column, np.nan)
                     continue
                 total, visits = sums.setdefault(number, (_Sums(size), np.zeros(size, np.int32)))
                 np.add.at(visits, places, np.int32(1))
@@ -207,6 +207,14 @@ def _count(visits: np.ndarray, cell: Cell) -> None:
         return
     for places in cell.places:
         np.add.at(visits, places, np.int32(1))
+
+
+def _mark(there: np.ndarray, cell: Cell) -> None:
+    if cell.there is not None:
+        there |= cell.there
+        return
+    for places in cell.places:
+        there[places] = True
 
 
 def _covered(parts: Sequence[Part], epochs: np.ndarray) -> np.ndarray:

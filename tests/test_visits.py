@@ -254,6 +254,14 @@ def test_cells_are_parts_whose_steps_overlap():
     assert [[made.index(part) for part in cell] for cell in parts.cells(made)] == [[0, 2], [3], [1, 4]]
 
 
+def test_cells_of_an_epoch_are_joined():
+    epochs = [(0, 0), (0, 0), (0, 0), (1, 1), (1, 2), (1, 2)]
+    found = [[parts.Part(2, {"epoch": epoch}, frozenset(), list)] for epoch in epochs]
+    made = [id(cell[0]) for cell in found]
+    joined = [[made.index(id(part)) for part in cell] for cell in parts.by_epoch(found, most=4)]
+    assert joined == [[0, 1], [2], [3], [4, 5]]
+
+
 @pytest.mark.parametrize("block", [1, 7, 300, 10**6])
 def test_trust_is_combined_block_by_block(monkeypatch, block):
     rng = np.random.default_rng(0)
