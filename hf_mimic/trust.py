@@ -6,6 +6,8 @@ loss as further evidence), then `most_f1` (a cut for it). No clean label is used
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -123,32 +125,36 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import QuantileTransformer
 
-    trust, evidence = np.asarray(trust, float), np.asarray(evidence, float)
-    usable = np.isfinite(evidence).any(0)
-    evidence = evidence[:, usable]
-    rows = np.flatnonzero(np.isfinite(trust) & np.isfinite(evidence).all(1))
+    trust, evidence = np.asarray(trust, float), np.asarray(evidence)
+    columns = [column for column in evidence.T if np.isfinite(column).any()]
+    there = np.isfinite(trust)
+    for column in columns:
+        there &= np.isfinite(column)
+    rows = slice(None) if there.all() else np.flatnonzero(there)  # no copy of ten million rows
     known = trust[rows].clip(_FLOOR, 1 - _FLOOR)
-    if (
-        len(rows) < _ENOUGH_EVIDENCE
-        or not evidence.shape[1]
-        or not np.ptp(evidence[rows], axis=0).any()
-        or np.ptp(known) < 1e-3
-    ):
+    if len(known) < _ENOUGH_EVIDENCE or not columns or np.ptp(known) < 1e-3:
+        return trust
+    chosen = np.stack([column[rows] for column in columns], 1, dtype=float)
+    if not any(np.ptp(column) for column in chosen.T):
         return trust
     scale = QuantileTransformer(
-        output_distribution="normal", n_quantiles=min(len(rows), 300), random_state=0, subsample=_FITTED_ROWS
-    )
-    scale.fit(evidence[rows])
-    fitted = np.random.default_rng(0).permutation(len(rows))[:_FITTED_ROWS]
-    twice, soft = np.tile(_normal_scores(scale, evidence[rows[fitted]]), (2, 1)), known[fitted]
+        output_distribution="normal", n_quantiles=min(len(known), 300), random_state=0, subsample=_FITTED_ROWS
+    ).fit(chosen)
+    fitted = np.random.default_rng(0).permutation(len(known))[:_FITTED_ROWS]
+    twice, soft = np.tile(_normal_scores(scale, chosen[fitted]), (2, 1)), known[fitted]
     model = LogisticRegression().fit(
         twice, np.repeat([1, 0], len(fitted)), sample_weight=np.concatenate([soft, 1 - soft])
     )
-    result = trust.copy()
-    for start in range(0, len(rows), _BLOCK):
+    prior = _logit(soft.mean())
+
+    def weigh(start: int) -> np.ndarray:
         block = slice(start, start + _BLOCK)
-        told = model.decision_function(_normal_scores(scale, evidence[rows[block]])) - _logit(soft.mean())
-        result[rows[block]] = 1 / (1 + np.exp(-(_logit(known[block]) + told)))
+        told = model.decision_function(_normal_scores(scale, chosen[block])) - prior
+        return 1 / (1 + np.exp(-(_logit(known[block]) + told)))
+
+    result = trust.copy()
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        result[rows] = np.concatenate(list(pool.map(weigh, range(0, len(known), _BLOCK))))
     return result
 
 
