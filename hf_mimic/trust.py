@@ -15,7 +15,7 @@ from scipy.special import log_softmax, logsumexp, ndtri
 from sklearn.base import BaseEstimator
 
 _FITTED_ROWS = 20_000
-_BLOCK = 1 << 18  # rows whose evidence is weighed at once
+_BLOCK = 1 << 13  # rows whose evidence is weighed at once: their arrays stay in the processor's cache
 _ENOUGH_EVIDENCE = 100  # rows
 _HIGHEST_CUT = 2 / 3
 _FLOOR = 1e-6
@@ -149,7 +149,7 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
 
     def weigh(start: int) -> np.ndarray:
         block = slice(start, start + _BLOCK)
-        told = model.decision_function(_normal_scores(scale, chosen[block])) - prior
+        told = _normal_scores(scale, chosen[block]) @ model.coef_[0] + (model.intercept_[0] - prior)
         return 1 / (1 + np.exp(-(_logit(known[block]) + told)))
 
     result = trust.copy()
