@@ -126,36 +126,48 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     from sklearn.preprocessing import QuantileTransformer
 
     trust, evidence = np.asarray(trust, float), np.asarray(evidence)
-    columns = [column for column in evidence.T if np.isfinite(column).any()]
+    evidence = evidence[:, np.isfinite(evidence).any(0)]
     there = np.isfinite(trust)
-    for column in columns:
+    for column in evidence.T:
         there &= np.isfinite(column)
-    rows = slice(None) if there.all() else np.flatnonzero(there)  # no copy of ten million rows
-    known = trust[rows].clip(_FLOOR, 1 - _FLOOR)
-    if len(known) < _ENOUGH_EVIDENCE or not columns or np.ptp(known) < 1e-3:
+    rows = None if there.all() else np.flatnonzero(there)  # None for all: there may be ten million
+    size = len(trust) if rows is None else len(rows)
+
+    def of(which: slice | np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+        index = which if rows is None else rows[which]
+        return index, trust[index].clip(_FLOOR, 1 - _FLOOR), evidence[index].astype(float)
+
+    if size < _ENOUGH_EVIDENCE or not evidence.shape[1] or not _differ(trust, evidence, there):
         return trust
-    chosen = np.stack([column[rows] for column in columns], 1, dtype=float)
-    if not any(np.ptp(column) for column in chosen.T):
-        return trust
+    # (n,), n <= 20,000
+    fitted = np.arange(size) if size <= _FITTED_ROWS else np.random.default_rng(0).choice(size, _FITTED_ROWS, False)
+    _, soft, shown = of(fitted)
     scale = QuantileTransformer(
-        output_distribution="normal", n_quantiles=min(len(known), 300), random_state=0, subsample=_FITTED_ROWS
-    ).fit(chosen)
-    fitted = np.random.default_rng(0).permutation(len(known))[:_FITTED_ROWS]
-    twice, soft = np.tile(_normal_scores(scale, chosen[fitted]), (2, 1)), known[fitted]
+        output_distribution="normal", n_quantiles=min(size, 300), random_state=0, subsample=_FITTED_ROWS
+    ).fit(shown)
     model = LogisticRegression().fit(
-        twice, np.repeat([1, 0], len(fitted)), sample_weight=np.concatenate([soft, 1 - soft])
+        np.tile(_normal_scores(scale, shown), (2, 1)),
+        np.repeat([1, 0], len(fitted)),
+        sample_weight=np.concatenate([soft, 1 - soft]),
     )
-    prior = _logit(soft.mean())
+    result, prior = trust.copy(), _logit(soft.mean())
 
-    def weigh(start: int) -> np.ndarray:
-        block = slice(start, start + _BLOCK)
-        told = _normal_scores(scale, chosen[block]) @ model.coef_[0] + (model.intercept_[0] - prior)
-        return 1 / (1 + np.exp(-(_logit(known[block]) + told)))
+    def weigh(start: int) -> None:
+        index, known, seen = of(slice(start, start + _BLOCK))
+        told = _normal_scores(scale, seen) @ model.coef_[0] + (model.intercept_[0] - prior)
+        result[index] = 1 / (1 + np.exp(-(_logit(known) + told)))
 
-    result = trust.copy()
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        result[rows] = np.concatenate(list(pool.map(weigh, range(0, len(known), _BLOCK))))
+        list(pool.map(weigh, range(0, size, _BLOCK)))
     return result
+
+
+def _differ(trust: np.ndarray, evidence: np.ndarray, there: np.ndarray) -> bool:
+    """Return whether both trust and evidence have more than one value where they are known."""
+    spans = [np.max(c, where=there, initial=-np.inf) - np.min(c, where=there, initial=np.inf) for c in evidence.T]
+    known = (function(trust, where=there, initial=first) for function, first in ((np.max, 0.0), (np.min, 1.0)))
+    highest, lowest = (np.clip(value, _FLOOR, 1 - _FLOOR) for value in known)
+    return bool(highest - lowest >= 1e-3 and any(span > 0 for span in spans))
 
 
 def _normal_scores(scale: Any, evidence: np.ndarray) -> np.ndarray:

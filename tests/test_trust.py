@@ -218,3 +218,16 @@ def test_bad_min_trust(bad):
 def test_no_trust_to_filter_by():
     with pytest.raises(ValueError, match="must have a trust, got none: the reference was not run"):
         TrustFilter().fit(table_of([np.nan, np.nan]))
+
+
+def test_many_rows_are_combined_by_a_sample_of_them(monkeypatch):
+    generator = np.random.default_rng(0)
+    trust = generator.random(5000)
+    evidence = np.stack([trust + generator.normal(size=5000), generator.normal(size=5000)], 1)
+    evidence[::10, 0] = np.nan
+    whole = combine(trust, evidence)
+    monkeypatch.setattr("hf_mimic.trust._FITTED_ROWS", 2000)
+    sampled = combine(trust, evidence)
+    np.testing.assert_array_equal(sampled[::10], trust[::10])
+    assert 0 < np.abs(sampled - whole).max() < 0.05
+    assert np.abs(whole - trust).max() > 0.1

@@ -165,9 +165,9 @@ def _write(place: Path, rows: int, epochs: int, trust: bool) -> int:
 def images(rows: int) -> dict[str, float]:
     """Attach scores to images and filter them; return seconds and GiB. Fails if an image is decoded."""
     import datasets
+    from PIL import Image
 
     datasets.disable_progress_bars()
-    from PIL import Image
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an image was decoded")
