@@ -15,6 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import most_f1
 
+_BLOCK = 1 << 14  # samples that are voted on at once: their arrays stay in the processor's cache
+
 
 class TrustFilter(BaseEstimator):
     """Keep a sample whose trust, P(the label is right), is high enough.
@@ -119,15 +121,15 @@ class ThresholdFilter(BaseEstimator):
         """
         weights = _weights(scores)
         least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
-        votes, keep = np.zeros((2, len(weights)), np.int32)
-        total, lowest, highest = np.zeros(len(weights)), np.inf, -np.inf
-        for column in weights.T:  # an epoch at a time: there may be millions of samples
-            known = ~np.isnan(column)
-            votes += known
-            keep += column >= least
-            total += np.where(known, column, 0)
-            lowest = min(lowest, np.min(column, where=known, initial=np.inf))
-            highest = max(highest, np.max(column, where=known, initial=-np.inf))
+        kept, lowest, highest = np.zeros(len(weights), bool), np.inf, -np.inf
+        for start in range(0, len(weights), _BLOCK):
+            part = weights[start : start + _BLOCK]  # (b, T)
+            known = ~np.isnan(part)
+            votes, keep = known.sum(1), (part >= least).sum(1)
+            tie = (votes == 0) | (part.sum(1, where=known, dtype=float) >= least * votes)  # the mean decides
+            kept[start : start + _BLOCK] = np.where(2 * keep == votes, tie, 2 * keep > votes)
+            lowest = min(lowest, np.min(part, where=known, initial=np.inf))
+            highest = max(highest, np.max(part, where=known, initial=-np.inf))
         if highest < lowest:
             raise ValueError(
                 "the threshold filter must have relative weights, got none: they are recorded in training, a frozen scoring "
@@ -140,8 +142,7 @@ class ThresholdFilter(BaseEstimator):
                 "`clip_score`, `loss` and `kept`) or trained plainly, and this filter tells them not apart. Filter by one "
                 "of these columns, or score with a reference."
             )
-        tie = (votes == 0) | (total >= least * votes)
-        return np.where(2 * keep == votes, tie, 2 * keep > votes)
+        return kept
 
     def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
         """Return `fit(scores).predict(scores)`."""
