@@ -200,7 +200,7 @@ def _keep(options: FilterArguments, table: ScoreTable) -> tuple[str, Any]:
         rule = TrustFilter(options.min_trust)
     keep = rule.fit_predict(table)
     if isinstance(rule, TrustFilter):
-        return f"trust >= {rule.min_trust_:.3f}", keep
+        return f"trust >= {rule.threshold_:.3f}", keep
     return f"relative weight >= {rule.threshold:g} at most visits", keep
 
 

@@ -1,24 +1,25 @@
 """Stage 2: scores in, keep mask out, with scikit-learn's contract: `fit`, `predict`, `fit_predict`, `get_params`.
 
-`TrustFilter` keeps what is probably labelled right; `ThresholdFilter` is the papers' `1/b` rule, voted over the epochs.
+`TrustFilter` keeps what is probably labelled right; `ThresholdFilter` is the papers' `1/b` rule, voted over the epochs,
+`TwoMeansFilter` and `MixtureFilter` find the cut themselves. Each has `filter`, too: who is dropped, and why.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from hf_mimic.cuts import CutFilter, FilterResult, ScoreFilter, Votes, read_scores, row_means
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import most_f1
+from hf_mimic.two_groups import Mixture, two_means
 
-_BLOCK = 1 << 14  # samples that are voted on at once: their arrays stay in the processor's cache
+_SLACK = 1e-6  # a uniform weight times b may be an ulp of float32 below 1
 
 
-class TrustFilter(BaseEstimator):
+class TrustFilter(ScoreFilter):
     """Keep a sample whose trust, P(the label is right), is high enough.
 
     A sample without a trust is kept: there is no evidence against it.
@@ -34,130 +35,190 @@ class TrustFilter(BaseEstimator):
         self.min_trust = min_trust
 
     def fit(self, scores: ScoreTable | np.ndarray, y: Any = None) -> TrustFilter:
-        """Choose `min_trust_`.
+        """Choose `threshold_`.
 
         Args:
-            scores: What `predict` takes.
+            scores: A `ScoreTable`, or trust (N,), NaN where there is none.
             y: Not used.
         """
         if self.min_trust == "f1":
-            trust = _trust(scores)
-            self.min_trust_ = most_f1(trust[~np.isnan(trust)])
+            trust = _trust(scores)[1]
+            self.threshold_ = most_f1(trust[~np.isnan(trust)])
             return self
         if not isinstance(self.min_trust, (int, float)) or not 0 <= self.min_trust <= 1:
             raise ValueError(
                 f'`min_trust` must be in [0, 1] or "f1", got {self.min_trust!r}. Use 0.5 for more likely right.'
             )
-        self.min_trust_ = float(self.min_trust)
+        self.threshold_ = float(self.min_trust)
         return self
 
-    def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
-        """Return what to keep.
-
-        Args:
-            scores: A `ScoreTable`, or trust (N,), NaN where there is none.
-
-        Returns:
-            Booleans (N,); for a table in the order of `scores.aggregate()`.
-        """
+    def votes(self, scores: ScoreTable | np.ndarray) -> Votes:
+        """Return one vote of each sample (N, 1); those without a trust abstain."""
         check_is_fitted(self)
-        return ~(_trust(scores) < self.min_trust_)
+        ids, trust = _trust(scores)
+        margin = trust - self.threshold_
+        return Votes(ids, np.where(np.isnan(trust), np.nan, margin >= 0)[:, None], margin)
 
-    def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
-        """Return `fit(scores).predict(scores)`."""
-        return self.fit(scores).predict(scores)
+    def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
+        """Return what is kept, what is dropped, and why."""
+        ids, votes, _ = self.votes(scores)
+        vote = votes[:, 0]
+        code = np.where(np.isnan(vote), 2, vote).astype(np.int32)
+        cut = f"{self.threshold_:.3g}"
+        return FilterResult(ids, vote != 0, code, (f"trust below {cut}", f"trust of {cut} or more", "no trust"))
 
 
-def _trust(scores: ScoreTable | np.ndarray) -> np.ndarray:
-    values = scores.aggregate()["trust"].to_numpy() if isinstance(scores, ScoreTable) else scores
+def _trust(scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and trust (N,)."""
+    if isinstance(scores, ScoreTable):
+        table = scores.aggregate()
+        ids, values = table["sample_id"].to_numpy(), table["trust"].to_numpy()
+    else:
+        ids, values = np.arange(len(scores)), scores
     trust = np.asarray(values, dtype=float)
     if not np.isfinite(trust).any():
         raise ValueError(
             "the trust filter must have a trust, got none: the reference was not run on the samples. Train with "
             'strategy="trust", or use `ThresholdFilter`.'
         )
-    return trust
+    return ids, trust
 
 
-class ThresholdFilter(BaseEstimator):
-    """Keep a sample whose relative weight reaches a threshold in most epochs.
-
-    An epoch votes to keep if w * b >= threshold (their mean, if it had several visits); one without a weight abstains. Most votes win, a tie goes to the
-    mean weight, and a sample without any vote is kept: there is no evidence against it.
+class ThresholdFilter(CutFilter):
+    """Keep a sample whose score reaches a threshold at most of its visits; or the top share of all samples.
 
     NOTE: the papers' threshold w >= 1/b is the batch's mean, so about half of a clean data set falls below it. It
-    separates two groups where there are two; it does not find out whether there are.
+    separates two groups where there are two; it does not find out whether there are, unless `check=True`.
 
     Args:
-        threshold: In units of the uniform weight; 1.0 is the papers' 1/b.
+        threshold: In the column's units; of `relative_weight`, 1.0 is the papers' 1/b.
+        column: Of the score table; None takes `relative_weight`, for a top share `mimic_score`.
+        top: Keep this share of the samples, by the mean over their visits, instead; a few more where scores are equal.
+        over: What `CutFilter` says; a top share takes the mean.
+        check: What `CutFilter` says.
 
     References:
         Mimic Score, arXiv 2501.06708, stage 2.
     """
 
-    def __init__(self, threshold: float = 1.0) -> None:
-        self.threshold = threshold
+    def __init__(
+        self,
+        threshold: float = 1.0,
+        *,
+        column: str | None = None,
+        top: float | None = None,
+        over: str = "epochs",
+        check: bool = False,
+    ) -> None:
+        super().__init__(column, over, check)
+        self.threshold, self.top = threshold, top
 
     def fit(self, scores: ScoreTable | np.ndarray, y: Any = None) -> ThresholdFilter:
-        """Check the parameters; nothing is learned.
+        """Check the parameters; find the cut of a top share.
 
         Args:
-            scores: What `predict` takes.
+            scores: A `ScoreTable`, or scores (N,) or (N, T) for T visits, NaN where a visit has none.
             y: Not used.
         """
-        if not np.isfinite(self.threshold) or self.threshold < 0:
-            raise ValueError(f"`threshold` must be a number >= 0, got {self.threshold}. Use 1.0 for the papers' 1/b.")
-        self.threshold_ = float(self.threshold)
+        if not np.isfinite(self.threshold):
+            raise ValueError(
+                f"`threshold` must be a finite number, got {self.threshold}. Use 1.0 for the papers' 1/b."
+            )
+        if self.top is not None and not 0 < self.top <= 1:
+            raise ValueError(f"`top` must be in (0, 1], got {self.top}. Use 0.3 to keep the best 30 %.")
+        super().fit(scores, y)
         return self
 
-    def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
-        """Return what to keep.
+    def _cut(self, values: np.ndarray) -> float:
+        if self.top is None:
+            cut = self._sign * self.threshold
+            return cut - _SLACK * abs(cut)
+        place = len(values) - max(round(self.top * len(values)), 1)
+        return float(np.partition(values, place)[place])
 
-        Args:
-            scores: A `ScoreTable`, or relative weights (N,) or (N, T) for T visits, NaN where a visit has none.
+    def _read(self, scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.column is None and self.top is None and isinstance(scores, ScoreTable):
+            ids, values, self.column_ = read_scores(scores, "relative_weight")
+            self._sign = 1
+        else:
+            ids, values = super()._read(scores)
+        return ids, values if self.top is None else row_means(values)[:, None]
 
-        Returns:
-            Booleans (N,); for a table in the order of `scores.aggregate()`.
-        """
-        weights = _weights(scores)
-        least = self.threshold_ * (1 - 1e-6)  # a uniform weight times b may be an ulp of float32 below 1
-        kept, lowest, highest = np.zeros(len(weights), bool), np.inf, -np.inf
-        for start in range(0, len(weights), _BLOCK):
-            part = weights[start : start + _BLOCK]  # (b, T)
-            known = ~np.isnan(part)
-            votes, keep = known.sum(1), (part >= least).sum(1)
-            tie = (votes == 0) | (part.sum(1, where=known, dtype=float) >= least * votes)  # the mean decides
-            kept[start : start + _BLOCK] = np.where(2 * keep == votes, tie, 2 * keep > votes)
-            lowest = min(lowest, np.min(part, where=known, initial=np.inf))
-            highest = max(highest, np.max(part, where=known, initial=-np.inf))
-        if highest < lowest:
-            raise ValueError(
-                "the threshold filter must have relative weights, got none: they are recorded in training, a frozen scoring "
-                "pass has only `mimic_score`, and a batch of one has no weights to compare. Filter by the score instead "
-                "(`s > 0`, or --min_score 0)."
-            )
-        if isinstance(scores, ScoreTable) and highest - lowest <= 1e-6 * highest:
-            warnings.warn(
-                "the threshold filter must have weights that differ, got equal ones only: the run chose its samples (see "
-                "`clip_score`, `loss` and `kept`) or trained plainly, and this filter tells them not apart. Filter by one "
-                "of these columns, or score with a reference."
-            )
-        return kept
 
-    def fit_predict(self, scores: ScoreTable | np.ndarray, y: Any = None) -> np.ndarray:
-        """Return `fit(scores).predict(scores)`."""
-        return self.fit(scores).predict(scores)
+class TwoMeansFilter(CutFilter):
+    """Cut where two means split the scores best, found exactly: by a sort, not by restarts.
+
+    Args:
+        column: What `CutFilter` says, as `over` and `check`.
+
+    References:
+        Mimic Score, arXiv 2501.06708, stage 2 ("1-D k-means").
+    """
+
+    def _cut(self, values: np.ndarray) -> float | None:
+        return two_means(values)
+
+
+class MixtureFilter(CutFilter):
+    """Cut between two Gaussians, where the upper one becomes likely enough.
+
+    Args:
+        column: What `CutFilter` says, as `over` and `check`.
+        posterior: Keep from this P(upper Gaussian | score) on.
+        seed: Chooses the 200,000 values that are fitted where there are more.
+
+    References:
+        Mimic Score, arXiv 2501.06708, stage 2 ("GMM").
+    """
+
+    def __init__(
+        self,
+        column: str | None = None,
+        *,
+        over: str = "epochs",
+        check: bool = True,
+        posterior: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(column, over, check)
+        self.posterior, self.seed = posterior, seed
+
+    def _cut(self, values: np.ndarray) -> float | None:
+        if not 0 < self.posterior < 1:
+            raise ValueError(f"`posterior` must be in (0, 1), got {self.posterior}. Use 0.5 for the likelier group.")
+        mixture = Mixture.fit(values, self.seed)
+        return None if mixture is None else mixture.cut(self.posterior)
+
+
+def top_p(values: np.ndarray, share: float, *, labels: np.ndarray | None = None) -> np.ndarray:
+    """Return the top share of the samples by a score, as the paper's subsets; exactly so many, the earlier row at a tie.
+
+    Args:
+        values: Scores (N,), higher is better; NaN comes last.
+        share: In (0, 1].
+        labels: (N,): take the share of each class, so that the balance of the classes stays.
+
+    Returns:
+        Booleans (N,).
+
+    References:
+        Mimic Score, arXiv 2501.06708, subset training.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` must be in (0, 1], got {share}. Use 0.8 for the best 80 %.")
+    values = np.asarray(values, dtype=float)
+    groups = np.zeros(len(values), dtype=int) if labels is None else np.unique(labels, return_inverse=True)[1]
+    if len(groups) != len(values):
+        raise ValueError(f"`labels` must have one value per score, {len(values)}, got {len(groups)}.")
+    order = np.lexsort((-values, groups))  # NaN last
+    sizes = np.bincount(groups)
+    rank = np.arange(len(values)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    keep = np.zeros(len(values), dtype=bool)
+    keep[order] = rank < np.round(share * sizes)[groups[order]]
+    return keep
 
 
 def default_filter(scores: ScoreTable) -> TrustFilter | ThresholdFilter:
     """Return a `TrustFilter` where the reference was run on any of the samples, else a `ThresholdFilter`."""
-    trust = scores.aggregate()["ref_trust"]
+    trust = scores.to_arrow()["ref_trust"]
     return TrustFilter() if trust.null_count < len(trust) else ThresholdFilter()
-
-
-def _weights(scores: ScoreTable | np.ndarray) -> np.ndarray:
-    """Return the relative weights (N, T), NaN where there is none."""
-    if isinstance(scores, ScoreTable):
-        return scores.matrix("relative_weight").values
-    matrix = np.asarray(scores, dtype=float)
-    return matrix[:, None] if matrix.ndim == 1 else matrix

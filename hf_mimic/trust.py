@@ -7,6 +7,7 @@ loss as further evidence), then `most_f1` (a cut for it). No clean label is used
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -122,7 +123,6 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     Returns:
         Trust (N,): as it was where there is no evidence (or less than 100 rows of it), NaN where it was.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import QuantileTransformer
 
     trust, evidence = np.asarray(trust, float), np.asarray(evidence)
@@ -145,17 +145,11 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     scale = QuantileTransformer(
         output_distribution="normal", n_quantiles=min(size, 300), random_state=0, subsample=_FITTED_ROWS
     ).fit(shown)
-    model = LogisticRegression().fit(
-        np.tile(_normal_scores(scale, shown), (2, 1)),
-        np.repeat([1, 0], len(fitted)),
-        sample_weight=np.concatenate([soft, 1 - soft]),
-    )
-    result, prior = trust.copy(), _logit(soft.mean())
+    result, odds = trust.copy(), learned_odds(soft, _normal_scores(scale, shown))
 
     def weigh(start: int) -> None:
         index, known, seen = of(slice(start, start + _BLOCK))
-        told = _normal_scores(scale, seen) @ model.coef_[0] + (model.intercept_[0] - prior)
-        result[index] = 1 / (1 + np.exp(-(_logit(known) + told)))
+        result[index] = with_odds(known, odds(_normal_scores(scale, seen)))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         list(pool.map(weigh, range(0, size, _BLOCK)))
@@ -168,6 +162,31 @@ def _differ(trust: np.ndarray, evidence: np.ndarray, there: np.ndarray) -> bool:
     known = (function(trust, where=there, initial=first) for function, first in ((np.max, 0.0), (np.min, 1.0)))
     highest, lowest = (np.clip(value, _FLOOR, 1 - _FLOOR) for value in known)
     return bool(highest - lowest >= 1e-3 and any(span > 0 for span in spans))
+
+
+def learned_odds(trust: np.ndarray, evidence: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Learn from a trust what evidence says: a logistic regression with the trust as soft label.
+
+    Args:
+        trust: P(the label is right) (N,), without NaN.
+        evidence: (N, K), without NaN.
+
+    Returns:
+        A function of evidence (B, K): the log-odds (B,) that it adds to the mean trust's.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    soft = trust.clip(_FLOOR, 1 - _FLOOR)
+    model = LogisticRegression().fit(
+        np.tile(evidence, (2, 1)), np.repeat([1, 0], len(soft)), sample_weight=np.concatenate([soft, 1 - soft])
+    )
+    base = model.intercept_[0] - _logit(soft.mean())
+    return lambda rows: rows @ model.coef_[0] + base
+
+
+def with_odds(trust: np.ndarray, odds: np.ndarray) -> np.ndarray:
+    """Return the trust (N,) with log-odds (N,) added."""
+    return 1 / (1 + np.exp(-(_logit(trust.clip(_FLOOR, 1 - _FLOOR)) + odds)))
 
 
 def _normal_scores(scale: Any, evidence: np.ndarray) -> np.ndarray:

@@ -37,7 +37,12 @@ ARROWS: dict[str, set[str]] = {
     "parts": set(),
     "visits": {"parts", "trust"},
     "scores": {"data", "files", "parts", "visits"},
-    "filters": {"scores", "trust"},
+    "two_groups": set(),
+    "votes": set(),
+    "cuts": {"checks", "scores", "two_groups", "votes"},
+    "filters": {"cuts", "scores", "trust", "two_groups"},
+    "ensembles": {"checks", "cuts", "filters", "scores", "trust", "votes"},
+    "expressions": {"cuts", "filters", "scores"},
     # a corpus in shards
     "judge": {"files", "trust"},
     "processes": set(),

@@ -177,7 +177,7 @@ def test_trust_filter_on_tables_and_arrays():
     assert TrustFilter(0.5).fit_predict(trust).tolist() == [False, True, True, True, False]
     assert TrustFilter(0.5).fit_predict(table_of(trust)).tolist() == [False, True, True, True, False]
     fitted = TrustFilter().fit(trust)
-    assert fitted.min_trust_ == pytest.approx(most_f1(trust[~np.isnan(trust)]))
+    assert fitted.threshold_ == pytest.approx(most_f1(trust[~np.isnan(trust)]))
     assert clone(fitted).get_params() == {"min_trust": "f1"}
     assert isinstance(default_filter(table_of(trust)), TrustFilter)
     assert isinstance(default_filter(table_of([np.nan])), ThresholdFilter)

@@ -1,0 +1,271 @@
+"""One cut through a score: what every filter does and returns, and how a column is cut and the visits vote.
+
+Read `FilterResult`, `ScoreFilter` (the contract), then `CutFilter`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from hf_mimic.checks import check_choice
+from hf_mimic.scores import VALUES, ScoreTable
+from hf_mimic.two_groups import has_two_groups, sampled
+from hf_mimic.votes import ABSTAINS, count_votes, majority
+
+FALLING = ("loss", "ref_loss")  # of these the lower is the better
+OVER = ("epochs", "pooled", "mean")
+_SLACK = 1e-6
+_LOWEST = np.finfo(np.float32).min  # for a cut that is not there
+_MISSING = {
+    "relative_weight": "Relative weights are recorded in training; a frozen scoring pass has only `mimic_score`, and a batch "
+    "of one has no weights to compare. Filter by the score instead (`s > 0`, or --min_score 0).",
+    "score": "Give scores that are known.",
+}
+
+
+@dataclass(frozen=True)
+class FilterResult:
+    """What a filter decided about N samples.
+
+    Args:
+        sample_id: (N,), in the order of `ScoreTable.aggregate()`; row numbers where an array was filtered.
+        keep: Booleans (N,).
+        code: For each sample the place of its reason in `reasons` (N,).
+        reasons: Sentences.
+    """
+
+    sample_id: np.ndarray
+    keep: np.ndarray
+    code: np.ndarray
+    reasons: tuple[str, ...]
+
+    @property
+    def reason(self) -> np.ndarray:
+        """Why each sample was kept or dropped, (N,) strings."""
+        return np.array(self.reasons, dtype=object)[self.code]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Ids of the samples to keep."""
+        return self.sample_id[self.keep]
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """Ids of the samples to drop."""
+        return self.sample_id[~self.keep]
+
+    def to_arrow(self) -> pa.Table:
+        """Return columns `sample_id`, `keep` and `reason`."""
+        reason = pa.DictionaryArray.from_arrays(self.code.astype(np.int32), pa.array(self.reasons))
+        return pa.table({"sample_id": self.sample_id, "keep": self.keep, "reason": reason})
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+
+class Votes(NamedTuple):
+    """Votes (N, V), of 1, 0 and -1; and how far the score is above the cuts in the mean (N,), which settles ties."""
+
+    sample_id: np.ndarray
+    votes: np.ndarray
+    score: np.ndarray
+
+
+class ScoreFilter(BaseEstimator):
+    """The contract of a filter: `fit` learns, `votes` and `filter` tell; the rest follows from them."""
+
+    def fit(self, scores: Any, y: Any = None) -> ScoreFilter:
+        """Learn what to keep."""
+        raise NotImplementedError
+
+    def predict(self, scores: Any) -> np.ndarray:
+        """Return what to keep, booleans (N,)."""
+        return self.filter(scores).keep
+
+    def fit_predict(self, scores: Any, y: Any = None) -> np.ndarray:
+        """Return `fit(scores, y).predict(scores)`."""
+        return self.fit(scores, y).predict(scores)
+
+    def votes(self, scores: Any) -> Votes:
+        """Return the votes behind the decision, (N, V)."""
+        raise NotImplementedError
+
+    def filter(self, scores: Any) -> FilterResult:
+        """Return what is kept, what is dropped, and why."""
+        raise NotImplementedError
+
+
+class CutFilter(ScoreFilter):
+    """Cut a column in two, and let the visits vote: a visit votes to keep if its score reaches the cut.
+
+    Most votes win, a tie goes to the mean score, and a sample without a score is kept: there is no evidence against it.
+
+    Args:
+        column: Of the score table; None takes `mimic_score`, else `clip_score`. Of losses the lower is the better.
+        over: "epochs" learns a cut for each epoch, "pooled" one for all visits together; "mean" cuts the mean over
+            the visits, without votes.
+        check: Whether to keep everything where the mean over the visits gives no evidence of two groups.
+    """
+
+    def __init__(self, column: str | None = None, over: str = "epochs", check: bool = True) -> None:
+        self.column, self.over, self.check = column, over, check
+
+    def fit(self, scores: ScoreTable | np.ndarray, y: Any = None) -> CutFilter:
+        """Learn `threshold_`, a number or one for each epoch (T,), and `two_groups_`.
+
+        Args:
+            scores: A `ScoreTable`, or scores (N,) or (N, T) for T visits, NaN where a visit has none.
+            y: Not used.
+
+        Raises:
+            ValueError: If no sample has a score.
+        """
+        check_choice("over", self.over, OVER)
+        _, values = self._read(scores)
+        some = row_means(sampled(values, 0))
+        some = some[~np.isnan(some)]
+        self.two_groups_ = not self.check or has_two_groups(some)
+        if isinstance(scores, ScoreTable) and len(some) and np.ptp(some) <= _SLACK * np.abs(some).max():
+            warnings.warn(
+                f"a filter must have scores that differ, got equal ones only in `{self.column_}`: the run chose its samples "
+                "(see `clip_score`, `loss` and `kept`) or trained plainly. Filter by one of these columns, or score with a "
+                "reference."
+            )
+        elif not self.two_groups_:
+            warnings.warn(
+                f"there is no evidence of two groups in `{self.column_}`: everything is kept. With `check=False` the filter "
+                "cuts all the same; it then drops a share of clean data, too."
+            )
+        columns = values.T if self.over == "epochs" else [values.ravel()]
+        found = [self._found(column) for column in columns]
+        self._least = np.array(found)  # (T,) or (1,), higher is better
+        self.threshold_ = self._sign * (self._least if self.over == "epochs" else float(found[0]))
+        return self
+
+    def votes(self, scores: ScoreTable | np.ndarray) -> Votes:
+        """Return the vote of every epoch, (N, T); (N, 1) for `over="mean"`. All abstain where there are no two groups.
+
+        Args:
+            scores: What `fit` takes; with over="epochs" as many epochs as were fitted.
+        """
+        check_is_fitted(self)
+        ids, values = self._read(scores)
+        epochs = values.shape[1]
+        if self.over == "epochs" and epochs != len(self._least):
+            raise ValueError(
+                f"the scores must have the {len(self._least)} epochs of the fit, got {epochs}. Fit again, or use "
+                'over="pooled".'
+            )
+        found = np.full(values.shape, ABSTAINS, dtype=np.int8)
+        total, count = np.zeros(len(values)), np.zeros(len(values), dtype=np.int32)
+        for epoch, least in enumerate(np.broadcast_to(self._least, epochs)):  # one at a time: there may be millions
+            column = values[:, epoch]
+            known = ~np.isnan(column)
+            if self.two_groups_:
+                found[:, epoch] = np.where(known, column >= least, ABSTAINS)
+            total += np.where(known, column - max(least, _LOWEST), 0)
+            count += known
+        return Votes(ids, found, total / np.maximum(count, 1))
+
+    def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
+        """Return what is kept, what is dropped, and why.
+
+        Args:
+            scores: What `fit` takes; with over="epochs" as many epochs as were fitted.
+        """
+        ids, votes, score = self.votes(scores)
+        keep = majority(votes, score)
+        return FilterResult(ids, keep, *tallied(votes, keep, self._reason))
+
+    def _reason(self, against: int, count: int, keep: bool) -> str:
+        if not count:
+            return f"`{self.column_}` has no two groups" if not self.two_groups_ else f"no `{self.column_}`"
+        word = "above" if self._sign < 0 else "below"
+        text = f"`{self.column_}` is {word} its cut at {against} of {count} visits"
+        return text if 2 * against != count else f"{text}, and {'not ' if keep else ''}in the mean"
+
+    def _found(self, values: np.ndarray) -> float:
+        """Return the cut of one column, -inf where there is none."""
+        known = values[~np.isnan(values)]
+        cut = self._cut(known) if len(known) and self.two_groups_ else None
+        return -np.inf if cut is None else cut
+
+    def _cut(self, values: np.ndarray) -> float | None:
+        raise NotImplementedError
+
+    def _read(self, scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids (N,) and scores (N, T), higher is better; their mean (N, 1) if that is what is cut."""
+        ids, values, self.column_ = read_scores(scores, self.column)
+        self._sign = -1 if self.column_ in FALLING else 1
+        values = values if self._sign > 0 else -values
+        return ids, row_means(values)[:, None] if self.over == "mean" else values
+
+
+def tallied(
+    votes: np.ndarray, keep: np.ndarray, reason: Callable[[int, int, bool], str]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the code (N,) and the sentences of a `FilterResult`.
+
+    Args:
+        votes: (N, V).
+        keep: Booleans (N,).
+        reason: (votes to drop, votes, kept) -> sentence.
+    """
+    count, against = count_votes(votes)
+    voters = votes.shape[1] + 1
+    kind = (against * voters + count) * 2 + keep
+    found = np.flatnonzero(np.bincount(kind))
+    place = np.zeros(int(found.max(initial=0)) + 1, dtype=np.int32)
+    place[found] = np.arange(len(found))
+    reasons = [reason(int(k // 2 // voters), int(k // 2 % voters), bool(k % 2)) for k in found]
+    return place[kind], tuple(reasons)
+
+
+def read_scores(scores: ScoreTable | np.ndarray, column: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return ids (N,), scores (N, T) and the column's name; of an array the ids are row numbers.
+
+    Raises:
+        ValueError: If a table does not have the column, or an array no score.
+    """
+    if isinstance(scores, ScoreTable):
+        ids, values, column = _column(scores, column)
+    else:
+        values = np.asarray(scores)
+        values = values.astype(np.float32 if values.dtype == np.float32 else float)
+        if values.ndim not in (1, 2) or not values.size:
+            raise ValueError(f"scores must be (N,) or (N, T) with N, T > 0, got {values.shape}.")
+        values, column = values.reshape(len(values), -1), column or "score"
+        ids = np.arange(len(values))
+    if np.isinf(values).any():
+        raise ValueError(f"`{column}` must be finite or NaN (no score), got infinity. Replace it by NaN.")
+    if np.isnan(values).all():
+        raise ValueError(f"at least one sample must have a `{column}`, got none. {_MISSING.get(column, '')}".rstrip())
+    return ids, values, column
+
+
+def _column(table: ScoreTable, column: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    names: Sequence[str] = (column,) if column else ("mimic_score", "clip_score")
+    for name in names:
+        check_choice("column", name, VALUES)
+        found = table.matrix(name)
+        if name == names[-1] or np.isfinite(found.values).any():
+            break
+    return found.sample_id, found.values, name
+
+
+def row_means(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the known values of each row (N,), NaN where there is none."""
+    total, count = np.zeros(len(values)), np.zeros(len(values), dtype=np.int32)
+    for column in values.T:  # one at a time: there may be millions of rows
+        known = ~np.isnan(column)
+        total += np.where(known, column, 0)
+        count += known
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,0 +1,256 @@
+"""Many filters, one decision: they vote, over epochs and layers, and the ensemble learns whom to believe.
+
+Read `EnsembleFilter.fit`, then `votes` and `predict_proba`; votes.py counts them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
+
+from hf_mimic.checks import check_choice
+from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
+from hf_mimic.filters import MixtureFilter, ThresholdFilter, TwoMeansFilter
+from hf_mimic.scores import ScoreTable
+from hf_mimic.trust import learned_odds, most_f1, with_odds
+from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority
+
+WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
+Tables = ScoreTable | Mapping[str, ScoreTable]
+_NEWS = 0.5  # of what votes say beside the trust: they come from a model that was pulled to the same reference
+_ENOUGH = 100  # samples to learn from
+_FITTED, _BLOCK = 20_000, 1_000_000
+
+
+class EnsembleFilter(ScoreFilter):
+    """Let filters vote, each in each epoch of each table; keep what is probably good by their votes.
+
+    A filter abstains where a sample has no score, and everywhere where it sees no two groups; if all do, everything is
+    kept. Whom to believe is learned without a clean label:
+
+    - "trust": from what the reference predicts. Its trust is where each sample starts, and half of what the votes say,
+      learned from the trust by a logistic regression, is added: they judge by the same reference.
+    - "correlated": from the votes alone, by EM; voters that make the same mistakes share one voice.
+    - "dawid_skene": the same, every voter taken for independent. "majority": all voters alike, a tie to the mean score.
+
+    Args:
+        filters: (name, filter) pairs; None takes two means and a mixture on mimic score, CLIPScore and loss; where there
+            is no trust, with a check for two groups, and the threshold too.
+        vote: One of these; "auto" takes the trust where the reference was run, else "correlated".
+        least: Keep from this P(good) on; "f1" takes the one with the highest expected F1 of finding the bad samples.
+
+    References:
+        Mimic Score, arXiv 2501.06708, stage 2 ("ensemble filter"); Dawid and Skene, Applied Statistics 28 (1979).
+    """
+
+    def __init__(
+        self,
+        filters: Sequence[tuple[str, ScoreFilter]] | None = None,
+        *,
+        vote: str = "auto",
+        least: float | str = "f1",
+    ) -> None:
+        self.filters, self.vote, self.least = filters, vote, least
+
+    def fit(self, scores: Tables, y: Any = None) -> EnsembleFilter:
+        """Fit the filters to every table, then learn whom to believe: `filters_`, `voters_`, `vote_`, `threshold_`.
+
+        Args:
+            scores: A `ScoreTable`, or several of the same samples by name (of other layers, seeds or references).
+            y: Not used.
+
+        Raises:
+            ValueError: If a parameter is wrong, no filter finds a score, or vote="trust" and the reference was not run.
+        """
+        check_choice("vote", self.vote, WAYS)
+        if self.least != "f1" and not (isinstance(self.least, (int, float)) and 0 < self.least < 1):
+            raise ValueError(f'`least` must be in (0, 1) or "f1", got {self.least!r}. Use 0.5 for more likely good.')
+        by_trust = self.vote in ("auto", "trust") and np.isfinite(_trust(scores, _all_ids(scores))).any()
+        self.filters_: list[tuple[str, str, ScoreFilter]] = []
+        for place, table in _named(scores).items():
+            for name, model in self.filters if self.filters is not None else default_voters(table, check=not by_trust):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # who sees no two groups abstains; if all do, it is said below
+                    self.filters_.append((place, name, clone(model).fit(table)))
+        if not self.filters_:
+            raise ValueError(
+                "an ensemble must have a filter, got none: the tables have no scores. Train or score first."
+            )
+        heard = self.votes(scores)
+        voters = int((heard.votes != ABSTAINS).any(0).sum())
+        trust = _trust(scores, heard.sample_id)
+        self.vote_ = self._way(voters, trust)
+        self._odds: Callable[[np.ndarray], np.ndarray] | None = None
+        self._model: DawidSkene | None = None
+        if self.vote_ == "trust":
+            self._odds = self._learned(heard.votes, trust)
+        elif self.vote_ not in ("majority", "nobody"):
+            self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes)
+        self.threshold_ = self.least
+        if self.least == "f1":
+            good = self._proba(heard.votes, trust)
+            self.threshold_ = most_f1(good[~np.isnan(good)]) if np.isfinite(good).any() else 0.5
+        return self
+
+    def votes(self, scores: Tables) -> Votes:
+        """Return the votes of all filters (N, V), in the order of `voters_`.
+
+        Args:
+            scores: What `fit` takes, with the same names.
+        """
+        check_is_fitted(self)
+        tables, ids = _named(scores), _all_ids(scores)
+        columns, score = [], np.zeros(len(ids))
+        self.voters_: list[str] = []
+        self._owner: list[int] = []  # the filter of each voter
+        for place, name, model in self.filters_:
+            heard = model.votes(tables[place])
+            rows = np.searchsorted(ids, heard.sample_id)
+            votes = np.full((len(ids), heard.votes.shape[1]), ABSTAINS, dtype=np.int8)
+            votes[rows] = heard.votes
+            columns.append(votes)
+            score[rows] += heard.score / max(float(np.std(heard.score)), 1e-12)
+            prefix = f"{place}/{name}" if place else name
+            self.voters_ += (
+                [prefix] if votes.shape[1] == 1 else [f"{prefix}/{epoch}" for epoch in range(votes.shape[1])]
+            )
+            self._owner += [len(columns)] * votes.shape[1]
+        return Votes(ids, np.concatenate(columns, 1), score)
+
+    def predict_proba(self, scores: Tables) -> np.ndarray:
+        """Return P(good) (N,); by majority the share of the votes to keep. NaN where nothing is known."""
+        heard = self.votes(scores)
+        return self._proba(heard.votes, _trust(scores, heard.sample_id))
+
+    def filter(self, scores: Tables) -> FilterResult:
+        """Return what is kept, what is dropped, and why.
+
+        Args:
+            scores: What `fit` takes, with the same names.
+        """
+        heard = self.votes(scores)
+        if self.vote_ in ("majority", "nobody"):
+            keep = majority(heard.votes, heard.score)
+        else:
+            keep = ~(self._proba(heard.votes, _trust(scores, heard.sample_id)) < self.threshold_)
+        return FilterResult(heard.sample_id, keep, *tallied(heard.votes, keep, self._reason))
+
+    def _reason(self, against: int, count: int, keep: bool) -> str:
+        said = f"{against} of {count} votes against" if count else "no votes"
+        learned = self._odds is not None or (self._model is not None and count)
+        return f"{said}; probably {'good' if keep else 'bad'}" if learned else said
+
+    def _way(self, voters: int, trust: np.ndarray) -> str:
+        """Return how this ensemble decides, given what there is."""
+        known = bool(np.isfinite(trust).any())
+        if self.vote == "trust" and not known:
+            raise ValueError(
+                'vote="trust" must have a trust, got none: the reference was not run on the samples. Train with '
+                'strategy="trust", or use vote="correlated".'
+            )
+        if known and self.vote in ("auto", "trust"):
+            return "trust"
+        if not voters:
+            warnings.warn("no filter of the ensemble sees evidence of two groups: everything is kept.")
+            return "nobody"
+        if self.vote == "auto":
+            return "correlated" if voters >= FEWEST else "majority"
+        return self.vote
+
+    def _learned(self, votes: np.ndarray, trust: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Return the odds that votes add to the trust, as `learned_odds` does; None where there is little to learn from."""
+        known = np.flatnonzero(np.isfinite(trust) & (count_votes(votes)[0] > 0))
+        if len(known) < _ENOUGH:
+            return None
+        rows = np.random.default_rng(0).permutation(known)[:_FITTED]
+        shares = self._shares(votes[rows])
+        heard = ~np.isnan(shares)
+        self._usual = np.where(heard, shares, 0).sum(0) / np.maximum(heard.sum(0), 1)
+        return learned_odds(trust[rows], self._told(votes[rows]))
+
+    def _shares(self, votes: np.ndarray) -> np.ndarray:
+        """Return of each filter the share of its votes that keep a sample (B, F), NaN where it abstains."""
+        owner = np.array(self._owner)
+        found = np.full((len(votes), len(self.filters_)), np.nan)
+        for k in range(len(self.filters_)):
+            count, against = count_votes(votes[:, owner == k])
+            np.divide(count - against, count, out=found[:, k], where=count > 0)
+        return found
+
+    def _told(self, votes: np.ndarray) -> np.ndarray:
+        """Return the same with the usual share where a filter abstains, which then says nothing."""
+        shares = self._shares(votes)
+        return np.where(np.isnan(shares), self._usual, shares)
+
+    def _proba(self, votes: np.ndarray, trust: np.ndarray) -> np.ndarray:
+        count, against = count_votes(votes)
+        if self._model is not None:
+            good = self._model.predict_proba(votes)
+        elif self.vote_ == "trust":
+            good = np.where(np.isnan(trust) & (count > 0), np.nanmean(trust), trust)
+            for start in range(0, len(votes), _BLOCK):
+                block = slice(start, start + _BLOCK)
+                if self._odds is not None:
+                    good[block] = with_odds(good[block], _NEWS * self._odds(self._told(votes[block])))
+            return good
+        else:
+            good = (count - against) / np.maximum(count, 1)
+        return np.where(count > 0, good, np.nan)
+
+
+def default_voters(table: ScoreTable, *, check: bool) -> list[tuple[str, ScoreFilter]]:
+    """Return the filters of an ensemble, as far as the table has their columns.
+
+    Args:
+        table: Whose columns.
+        check: Whether they abstain where they see no two groups. If not, what they say is worth must be learned; and the
+            threshold, which finds no cut of its own, is left out.
+    """
+    scores = table.aggregate()
+    found: list[tuple[str, ScoreFilter]] = []
+    if check and _has(scores, "relative_weight"):
+        found.append(("threshold", ThresholdFilter(check=True)))
+    for column in ("mimic_score", "clip_score", "loss"):
+        if _has(scores, column):
+            found.append((f"two_means({column})", TwoMeansFilter(column, check=check)))
+            found.append((f"mixture({column})", MixtureFilter(column, check=check)))
+    return found
+
+
+def _has(scores: Any, column: str) -> bool:
+    return scores[column].null_count < len(scores)
+
+
+def _named(scores: Tables) -> Mapping[str, ScoreTable]:
+    tables = {"": scores} if isinstance(scores, ScoreTable) else scores
+    if not isinstance(tables, Mapping) or not tables or not all(isinstance(t, ScoreTable) for t in tables.values()):
+        raise ValueError(
+            f"an ensemble takes a `ScoreTable`, or several by name, got {type(scores).__name__}. It needs epochs and "
+            "columns; `DawidSkene` in hf_mimic.votes takes votes."
+        )
+    return tables
+
+
+def _all_ids(scores: Tables) -> np.ndarray:
+    return np.unique(np.concatenate([_ids(table) for table in _named(scores).values()]))
+
+
+def _ids(table: ScoreTable) -> np.ndarray:
+    return table.aggregate()["sample_id"].to_numpy()
+
+
+def _trust(scores: Tables, ids: np.ndarray) -> np.ndarray:
+    """Return what the reference trusts each sample (N,), the mean over the tables that know it."""
+    total, count = np.zeros(len(ids)), np.zeros(len(ids))
+    for table in _named(scores).values():
+        column = table.aggregate()["ref_trust"].to_numpy().astype(float)
+        rows = np.searchsorted(ids, _ids(table))
+        known = np.isfinite(column)
+        total[rows[known]] += column[known]
+        count[rows[known]] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

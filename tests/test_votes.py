@@ -1,0 +1,127 @@
+"""Votes counted by hand; EM against a slow twin of Dawid and Skene, and what it does with copies of a voter."""
+
+import numpy as np
+import pytest
+
+from hf_mimic.votes import ABSTAINS, DawidSkene, count_votes, majority, patterns
+
+NO = -1
+
+
+def drawn(seed, rates, n=4_000, good=0.6):
+    """Return votes (n, V) of independent voters that are right at these rates, and the truth."""
+    generator = np.random.default_rng(seed)
+    truth = generator.random(n) < good
+    right = generator.random((n, len(rates))) < np.array(rates)
+    return np.where(right, truth[:, None], ~truth[:, None]).astype(int), truth
+
+
+def slow_em(votes, iterations=100):
+    """Dawid and Skene as written: one sample, one voter at a time; add-one-half rates, limited as the fast one."""
+    n, voters = votes.shape
+    good = np.array([np.mean([v for v in row if v != NO] or [0.5]) for row in votes])
+    for _ in range(iterations):
+        heard = [i for i in range(n) if (votes[i] != NO).any()]
+        prior = np.clip(np.mean([good[i] for i in heard]), 0.02, 0.98)
+        rates = np.zeros((2, voters))
+        for v in range(voters):
+            rows = [i for i in range(n) if votes[i, v] != NO]
+            for c in (0, 1):
+                mass = [good[i] if c else 1 - good[i] for i in rows]
+                keep = sum(m * votes[i, v] for m, i in zip(mass, rows, strict=True))
+                rates[c, v] = np.clip((keep + 0.5) / (sum(mass) + 1), 0.02, 0.98)
+        before, good = good, good.copy()
+        for i in range(n):
+            like = [1 - prior, prior]
+            for v in range(voters):
+                if votes[i, v] != NO:
+                    like = [p * (rates[c, v] if votes[i, v] else 1 - rates[c, v]) for c, p in enumerate(like)]
+            good[i] = like[1] / sum(like)
+        if np.abs(good - before).max() < 1e-6:
+            break
+    return good
+
+
+@pytest.mark.parametrize(
+    ("votes", "score", "kept"),
+    [
+        ([1, 1, 0], -1, True),
+        ([1, 0, 0], 1, False),
+        ([1, 0, NO], 0.1, True),
+        ([1, 0, NO], 0.0, True),
+        ([1, 0, NO], -0.1, False),
+        ([1, 0, NO], np.nan, True),
+        ([NO, NO, NO], -1, True),
+        ([NO, 0, NO], 1, False),
+    ],
+)
+def test_majority_by_hand(votes, score, kept):
+    assert majority(np.array([votes]), np.array([score])).tolist() == [kept]
+
+
+def test_a_tie_without_a_score_is_kept():
+    assert majority(np.array([[1, 0]])).tolist() == [True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_em_equals_its_slow_twin(seed):
+    votes, _ = drawn(seed, [0.9, 0.8, 0.7, 0.6], n=300)
+    votes[np.random.default_rng(seed).random(votes.shape) < 0.3] = NO
+    votes[:3] = NO  # nobody votes
+    fast = DawidSkene(correlated=False).fit(votes).predict_proba(votes)
+    assert fast == pytest.approx(slow_em(votes), abs=1e-5)
+    assert np.abs(DawidSkene(correlated=True).fit(votes).predict_proba(votes) - slow_em(votes)).max() > 1e-3
+
+
+def test_em_finds_rates_and_prior():
+    rates = [0.95, 0.85, 0.75, 0.65]
+    votes, truth = drawn(0, rates, n=20_000)
+    model = DawidSkene(correlated=False).fit(votes)
+    assert model.prior_ == pytest.approx(0.6, abs=0.02)
+    assert model.keeps_[1] == pytest.approx(rates, abs=0.03)
+    assert 1 - model.keeps_[0] == pytest.approx(rates, abs=0.03)
+    assert ((model.predict_proba(votes) > 0.5) == truth).mean() > (majority(votes) == truth).mean() + 0.02
+
+
+@pytest.mark.parametrize("copies", [2, 7, 50])
+def test_copies_of_a_voter_count_as_one(copies):
+    votes, truth = drawn(1, [0.8, 0.8, 0.8], n=10_000)
+    crowd = np.concatenate([votes, np.repeat(votes[:, :1], copies - 1, 1)], 1)
+    alone, together = (DawidSkene().fit(v).predict_proba(v) > 0.5 for v in (votes, crowd))
+    assert (alone == together).mean() > 0.999
+    independent = DawidSkene(correlated=False).fit(crowd).predict_proba(crowd) > 0.5  # the control: the crowd decides
+    assert (independent == (votes[:, 0] > 0)).mean() > 0.99 or copies == 2
+    assert ((together == truth).mean() > (independent == truth).mean() + 0.05) or copies == 2
+
+
+def test_independent_voters_keep_their_weight():
+    votes, _ = drawn(2, [0.9, 0.85, 0.8, 0.75], n=20_000)
+    assert DawidSkene().fit(votes).weights_.min() > 0.85
+
+
+@pytest.mark.parametrize("voters", [1, 2])
+def test_fewer_than_three_voters_are_an_error(voters):
+    votes = np.c_[np.ones((5, voters), int), np.full((5, 2), NO)].astype(int)
+    with pytest.raises(ValueError, match=f"at least 3 voters must vote, got {voters} that do not abstain"):
+        DawidSkene().fit(votes)
+    with pytest.raises(ValueError, match=r"votes must be \(N, V\) with N, V > 0, got \(3,\)"):
+        DawidSkene().fit(np.ones(3, int))
+    with pytest.raises(ValueError, match="votes must be integers, 1"):
+        DawidSkene().fit(np.full((3, 3), 2))
+
+
+@pytest.mark.parametrize("voters", [3, 14, 45, 90])  # counted, sorted, numbered anew on the way
+def test_patterns_are_the_rows(voters):
+    generator = np.random.default_rng(voters)
+    few = generator.integers(-1, 2, (7, voters))
+    votes = few[generator.integers(0, 7, 500)]
+    kinds, place, counts = patterns(votes)
+    assert len(kinds) == len(np.unique(votes, axis=0))
+    assert (np.nan_to_num(kinds[place], nan=ABSTAINS) == votes).all()
+    assert (np.bincount(place) == counts).all()
+
+
+def test_votes_are_counted():
+    count, against = count_votes(np.array([[1, 0, NO], [0, 0, 0], [NO, NO, NO]]))
+    assert count.tolist() == [2, 3, 0]
+    assert against.tolist() == [1, 3, 0]
