@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_mimic import data, losses, metrics, selection
     from hf_mimic.arguments import MimicTrainingArguments
-    from hf_mimic.filters import ThresholdFilter, TrustFilter
+    from hf_mimic.ensembles import EnsembleFilter
+    from hf_mimic.expressions import CombinedFilter
+    from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
     from hf_mimic.pairs import PairCollator
     from hf_mimic.report import build_report
@@ -20,14 +22,18 @@ __version__ = "0.1.0"
 
 # Where each public name lives: importing one costs what it needs, importing the package almost nothing.
 _HOMES = {
+    "CombinedFilter": "expressions",
     "DISSectBatchSampler": "samplers",
+    "EnsembleFilter": "ensembles",
     "MimicTrainer": "trainer",
     "MimicTrainingArguments": "arguments",
+    "MixtureFilter": "filters",
     "PairCollator": "pairs",
     "ReportOptions": "report_options",
     "ScoreTable": "scores",
     "ThresholdFilter": "filters",
     "TrustFilter": "filters",
+    "TwoMeansFilter": "filters",
     "attach_scores": "scores",
     "build_report": "report",
     "mimic_scores": "mimic",
@@ -37,14 +43,18 @@ _HOMES = {
 _MODULES = ("data", "losses", "metrics", "selection")
 
 __all__ = [
+    "CombinedFilter",
     "DISSectBatchSampler",
+    "EnsembleFilter",
     "MimicTrainer",
     "MimicTrainingArguments",
+    "MixtureFilter",
     "PairCollator",
     "ReportOptions",
     "ScoreTable",
     "ThresholdFilter",
     "TrustFilter",
+    "TwoMeansFilter",
     "attach_scores",
     "build_report",
     "data",

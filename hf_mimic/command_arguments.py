@@ -105,13 +105,18 @@ class FilterArguments:
         output: Parquet file to write.
         split: Split of the data set.
         sample_id_column: Integer id column; added, in row order, if the data set has none.
-        min_trust: Keep by a probability that the label is right of at least this; by default where the highest F1 is
-            expected, if the reference was run.
-        threshold: Keep by a relative weight (uniform = 1) of at least this at most visits instead; the papers' 1/b is 1,
-            and the default where the reference was not run.
+        filter: The rule: trust (where the highest F1 is expected; the default where the reference was run), threshold
+            (the papers' 1/b; the default where it was not), two_means, mixture, ensemble (of these, over epochs). The last
+            three keep everything where they see no two groups.
+        expression: A set of score columns instead, such as "top(clip_score, 0.3) - bottom(mimic_score, 0.2)".
+        min_trust: Keep by a probability that the label is right of at least this instead.
+        threshold: Keep by a relative weight (uniform = 1) of at least this in most epochs instead.
         min_score: Keep by a mean mimic score of at least this instead; for scores without training.
+        top: Keep this share instead, the best by the mean mimic score.
+        column: The score that two_means, mixture and top look at: mimic_score, clip_score, loss ...
+        more_scores: For --filter ensemble: more folders of scores of the same data set, of other layers or seeds.
         drop_unscored: Leave out rows without a score, such as images that did not decode.
-        keep_all: Write every row, with the column `keep`.
+        keep_all: Write every row, with the columns `keep` and `reason`.
     """
 
     dataset: str
@@ -119,9 +124,14 @@ class FilterArguments:
     output: str = "curated.parquet"
     split: str = "train"
     sample_id_column: str = "sample_id"
+    filter: str | None = None
+    expression: str | None = None
     min_trust: float | None = None
     threshold: float | None = None
     min_score: float | None = None
+    top: float | None = None
+    column: str | None = None
+    more_scores: list[str] = field(default_factory=list)
     drop_unscored: bool = False
     keep_all: bool = False
 

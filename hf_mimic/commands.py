@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mimic.command_arguments import (
@@ -23,8 +22,6 @@ from hf_mimic.command_arguments import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from hf_mimic.scores import ScoreTable
 
 
 def demo(options: DemoArguments) -> str:
@@ -141,75 +138,9 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
 
 def filter_rows(options: FilterArguments) -> str:
     """Attach the scores, decide what to keep, write Parquet."""
-    import numpy as np
+    from hf_mimic.filter_command import filter_data
 
-    from hf_mimic.data import load_rows
-    from hf_mimic.pairs import identified
-    from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
-
-    _check_output(options)
-    given = load_rows(options.dataset, options.split)
-    table = ScoreTable.load(options.scores)
-    if {"mimic_score", "n_visits", "keep"} <= {*given.column_names}:  # of an earlier filter, not the user's own
-        earlier = [name for name in ATTACHED if name in given.column_names]
-        print(f"columns of an earlier filter are replaced: {', '.join(earlier)}")
-        given = given.remove_columns(earlier)
-    rows = identified(given, options.sample_id_column)
-    highest = table.aggregate()["sample_id"].to_numpy().max()
-    if options.sample_id_column not in given.column_names and highest >= len(rows):
-        raise ValueError(
-            f"the data set must be the one that was scored: ids are its row numbers, up to {len(rows) - 1}, but the "
-            f"scores have an id {highest}. Give the same data set and split."
-        )
-    rule, keep = _keep(options, table)
-    scored = attach_scores(rows, table, keep=keep, sample_id_column=options.sample_id_column)
-    decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
-    kept = np.asarray(decided.fill_null(not options.drop_unscored))
-    if not kept.any():
-        raise ValueError("at least one row must be kept, got none. Lower --min_trust, --threshold or --min_score.")
-    curated = scored if options.keep_all else scored.select(np.flatnonzero(kept))
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    curated.to_parquet(options.output)
-    share = f"{kept.mean():.1%}"
-    return _table(
-        {
-            "rows": len(rows),
-            "without a score": f"{decided.null_count} ({'left out' if options.drop_unscored else 'kept'})",
-            "kept": f"{kept.sum()} ({share})",
-            "rule": rule,
-            "written": options.output,
-        }
-    )
-
-
-def _keep(options: FilterArguments, table: ScoreTable) -> tuple[str, Any]:
-    """Return the rule in words, and what it keeps."""
-    from hf_mimic.filters import ThresholdFilter, TrustFilter, default_filter
-
-    given = [n for n in ("min_trust", "threshold", "min_score") if getattr(options, n) is not None]
-    if len(given) > 1:
-        raise ValueError(f"one rule must decide, got {' and '.join(f'--{name}' for name in given)}. Choose one.")
-    if options.min_score is not None:  # without a score: kept
-        return f"mimic score >= {options.min_score:g}", ~(
-            table.aggregate()["mimic_score"].to_numpy() < options.min_score
-        )
-    rule = default_filter(table)
-    if options.threshold is not None:
-        rule = ThresholdFilter(options.threshold)
-    elif options.min_trust is not None:
-        rule = TrustFilter(options.min_trust)
-    keep = rule.fit_predict(table)
-    if isinstance(rule, TrustFilter):
-        return f"trust >= {rule.threshold_:.3f}", keep
-    return f"relative weight >= {rule.threshold:g} at most visits", keep
-
-
-def _check_output(options: FilterArguments) -> None:
-    output, source = Path(options.output).resolve(), Path(options.dataset).resolve()
-    if output.suffix != ".parquet":
-        raise ValueError(f"--output must be a .parquet file, got {options.output}.")
-    if source.exists() and (output == source or source in output.parents):
-        raise ValueError(f"--output must not overwrite the data set, got {options.output}. Choose another place.")
+    return _table(filter_data(options))
 
 
 def evaluate(options: EvaluateArguments) -> str:

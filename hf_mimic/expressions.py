@@ -130,7 +130,7 @@ class _Reader:
             raise self._refusal(
                 node, "Put each comparison in brackets, the column first: (trust >= 0.5) & (loss < 2)."
             )
-        values = self._column(node.left)
+        values = self._column(node.left).astype(float)  # against float32, numpy would round the number
         number = self._number(node.comparators[0])
         return _COMPARE[type(node.ops[0])](values, number) & ~np.isnan(values)
 

@@ -168,8 +168,74 @@ def test_score_then_filter(home, tmp_path, capsys):
     assert score(home, tmp_path / "scores", "--run_reference", "False") == 0  # again: earlier scores are moved aside
     assert len(ScoreTable.load(tmp_path / "scores-1")) == len(ScoreTable.load(tmp_path / "scores")) == 24
     capsys.readouterr()
-    message = "must have relative weights, got none"
+    message = "must have a `relative_weight`, got none"
     fails(capsys, 1, message, lambda: main(["filter", *flags, "--output", output]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "said"),  # of 96
+    [
+        (["--filter", "two_means"], 64, "mimic_score, cut at "),
+        (["--filter", "mixture", "--column", "loss"], 64, "loss, cut at 1."),
+        (["--filter", "threshold"], 64, "relative weight >= 1 in most epochs"),
+        (["--filter", "ensemble"], 64, "10 votes (correlated), P(good) >= "),
+        (["--top", "0.25"], 24, "the best 25.0% by mimic_score (>= "),
+        (
+            ["--expression", "top(mimic_score, 0.5) - bottom(loss, 0.9)"],
+            2,
+            "top(mimic_score, 0.5) - bottom(loss, 0.9)",
+        ),
+    ],
+)
+def test_rules_of_the_filter(tmp_path, capsys, rule, kept, said):
+    generator, good = np.random.default_rng(0), np.arange(96) % 3 > 0
+    table = ScoreTable(tmp_path / "scores")
+    for step in range(2):
+        score = np.where(good, 1.0, -1.0) + 0.1 * generator.normal(size=96)
+        table.record(
+            range(96), epoch=step, step=step, mimic_score=score, loss=2 - score, relative_weight=1 + score / 2
+        )
+    table.flush()
+    Dataset.from_dict({"text": [str(row) for row in range(96)]}).to_parquet(tmp_path / "rows.parquet")
+    flags = ["--dataset", str(tmp_path / "rows.parquet"), "--scores", str(tmp_path / "scores")]
+    flags += ["--output", str(tmp_path / "out.parquet"), *rule]
+    assert main(["filter", *flags]) == 0
+    shown = cells(capsys.readouterr().out)
+    assert shown["rule"].startswith(said)
+    assert shown["kept"].startswith(f"{kept} (")
+    assert main(["filter", *flags, "--keep_all"]) == 0
+    rows = load_rows(str(tmp_path / "out.parquet"))
+    assert sum(rows["keep"]) == kept
+    assert all(rows["reason"])
+
+
+def test_an_ensemble_of_several_scores(home, tmp_path, capsys):
+    for name in ("a", "b"):
+        table = ScoreTable(tmp_path / name)
+        table.record(range(24), epoch=0, step=0, mimic_score=np.arange(24) % 3 - 1.0, relative_weight=[1.0] * 24)
+        table.flush()
+    flags = [
+        "--dataset",
+        str(home / "rows.parquet"),
+        "--scores",
+        str(tmp_path / "a"),
+        "--output",
+        str(tmp_path / "o.parquet"),
+    ]
+    more = ["--more_scores", str(tmp_path / "b")]
+    with pytest.warns(UserWarning, match="no filter of the ensemble sees evidence"):
+        assert main(["filter", *flags, "--filter", "ensemble", *more]) == 0
+    assert len(load_rows(str(tmp_path / "o.parquet"))) == 24
+    capsys.readouterr()
+    fails(
+        capsys,
+        1,
+        "--more_scores must come with --filter ensemble",
+        lambda: main(["filter", *flags, *more, "--top", "0.5"]),
+    )
+    fails(capsys, 1, "`--filter` must be one of 'trust'", lambda: main(["filter", *flags, "--filter", "gmm"]))
+    fails(capsys, 1, "--column must come with", lambda: main(["filter", *flags, "--column", "loss"]))
+    fails(capsys, 1, "Did you mean 'mimic_score'", lambda: main(["filter", *flags, "--expression", "top(mimic, 0.5)"]))
 
 
 def test_score_in_shards_then_go_on(home, tmp_path, capsys):

@@ -97,6 +97,11 @@ def test_what_cannot_be_read(expression, message):
         CombinedFilter(expression).fit(C)
 
 
+def test_a_cut_is_not_rounded_to_float32():
+    values = {"trust": np.array([0.1, 0.10000001], dtype=np.float32)}
+    assert CombinedFilter("trust > 0.1").fit_predict(values).tolist() == [True, True]  # 0.1 in float32 is above 0.1
+
+
 def test_columns_must_agree():
     with pytest.raises(ValueError, match="columns of one length, got none or several"):
         CombinedFilter("a > 1").fit({"a": np.ones(2), "b": np.ones(3)})

@@ -49,7 +49,7 @@ def test_version():
 
 def test_unknown_attribute():
     with pytest.raises(
-        AttributeError, match="module 'hf_mimic' has no attribute 'MimicTrayner'; it has DISSectBatchSampler, "
+        AttributeError, match="module 'hf_mimic' has no attribute 'MimicTrayner'; it has CombinedFilter, "
     ):
         _ = hf_mimic.MimicTrayner
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
