@@ -182,7 +182,7 @@ def test_score_then_filter(home, tmp_path, capsys):
         (["--top", "0.25"], 24, "the best 25.0% by mimic_score (>= "),
         (
             ["--expression", "top(mimic_score, 0.5) - bottom(loss, 0.9)"],
-            2,
+            10,
             "top(mimic_score, 0.5) - bottom(loss, 0.9)",
         ),
     ],
