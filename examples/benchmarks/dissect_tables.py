@@ -60,8 +60,8 @@ def _rsum(cell: list[dict] | None, unit: float | None) -> str:
 
 
 def _recall_table(runs: dict[tuple, list[dict]]) -> str:
-    chosen = {key[2]: found for key, found in runs.items() if key[1] == 0.4 and key[3:] == (0.5, "steps")}
-    chosen |= {key[2]: found for key, found in runs.items() if key[1] == 0.4 and key[2] == "full"}
+    here = {key[2:]: found for key, found in runs.items() if key[:2] == ("icons", 0.4)}
+    chosen = {key[0]: found for key, found in here.items() if key[1:] == (0.5, "steps") or key[0] == "full"}
     rows = [
         [m, *(f"{100 * mean(r[n] for r in chosen[m]):.1f}" for n in RECALLS)]
         for m in METHODS
@@ -69,7 +69,7 @@ def _recall_table(runs: dict[tuple, list[dict]]) -> str:
     ]
     names = [f"{'I->T' if 'image_to' in name else 'T->I'} R@{name.split('@')[1]}" for name in RECALLS]
     return (
-        "40 % shuffled, r = .5, equal steps: recalls in per cent\n\n" + table(["method", *names], rows) if rows else ""
+        "icons, 40 % shuffled, r = .5, equal steps: recalls in per cent\n\n" + table(["method", *names], rows) if rows else ""
     )
 
 
@@ -79,7 +79,7 @@ def _clean_table(runs: dict[tuple, list[dict]]) -> str:
         cells = [runs.get(("icons", 0.4, method, rate, "steps")) for rate in (0.3, 0.5, 0.7)]
         if any(cells) and method != "full":
             rows.append([method, *("-" if not c else f"{clean_after(c):.3f}" for c in cells)])
-    title = f"40 % shuffled (chance .600): share of right pairs among those trained on, after {WARMUP} epochs"
+    title = f"icons, 40 % shuffled (chance .600): share of right pairs among those trained on, after {WARMUP} epochs"
     return f"{title}\n\n" + table(["method", "r = 0.3", "r = 0.5", "r = 0.7"], rows) if rows else ""
 
 
