@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 from bench_scoring import resident
-from transformers import CLIPConfig, CLIPModel, TrainerCallback
+from transformers import CLIPConfig, CLIPModel, PrinterCallback, TrainerCallback
 from turns import QUIET, quiet, take_turns
 
 from hf_mimic import MimicTrainer, MimicTrainingArguments
@@ -71,6 +71,7 @@ def make_trainer(folder: Path, way: str, quick: bool) -> tuple[MimicTrainer, Ste
     )
     trainer, steps = MimicTrainer(model, args, train_dataset=rows), Steps()
     trainer.add_callback(steps)
+    trainer.remove_callback(PrinterCallback)
     return trainer, steps
 
 
