@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter
     from hf_mimic.mimic import mimic_scores, reference_direction
     from hf_mimic.pairs import PairCollator
+    from hf_mimic.quality import QualityReport, compare_datasets
     from hf_mimic.report import build_report
     from hf_mimic.report_options import ReportOptions
     from hf_mimic.samplers import DISSectBatchSampler
@@ -29,6 +30,7 @@ _HOMES = {
     "MimicTrainingArguments": "arguments",
     "MixtureFilter": "filters",
     "PairCollator": "pairs",
+    "QualityReport": "quality",
     "ReportOptions": "report_options",
     "ScoreTable": "scores",
     "ThresholdFilter": "filters",
@@ -36,6 +38,7 @@ _HOMES = {
     "TwoMeansFilter": "filters",
     "attach_scores": "scores",
     "build_report": "report",
+    "compare_datasets": "quality",
     "mimic_scores": "mimic",
     "reference_direction": "mimic",
     "score_dataset": "scoring",
@@ -50,6 +53,7 @@ __all__ = [
     "MimicTrainingArguments",
     "MixtureFilter",
     "PairCollator",
+    "QualityReport",
     "ReportOptions",
     "ScoreTable",
     "ThresholdFilter",
@@ -57,6 +61,7 @@ __all__ = [
     "TwoMeansFilter",
     "attach_scores",
     "build_report",
+    "compare_datasets",
     "data",
     "losses",
     "metrics",

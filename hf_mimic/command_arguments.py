@@ -172,6 +172,26 @@ class EvaluateArguments:
 
 
 @dataclass
+class CompareArguments:
+    """Rank data sets by the quality of their scores, before training on any of them.
+
+    Args:
+        scores: Folders with score shards, one per data set, scored against the same reference.
+        names: What to call them, in the same order; by default their folders.
+        by: Best first by noise_rate (the estimated share of wrong labels), retained (what the filter keeps) or mean_score
+            (the mean mimic score; then all must be scored by the same model, too).
+        level: Of the noise rate's interval.
+        output: JSON file to write as well; `hf-mimic report --compare` draws it.
+    """
+
+    scores: list[str]
+    names: list[str] = field(default_factory=list)
+    by: str = "noise_rate"
+    level: float = 0.95
+    output: str | None = None
+
+
+@dataclass
 class ReportArguments:
     """What a report is about, and where it goes.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hf_mimic.command_arguments import (
+    CompareArguments,
     DataArguments,
     DemoArguments,
     EvaluateArguments,
@@ -143,6 +144,13 @@ def filter_rows(options: FilterArguments) -> str:
     return _table(filter_data(options))
 
 
+def compare(options: CompareArguments) -> str:
+    """Rank data sets by the quality of their scores."""
+    from hf_mimic.quality_command import run_compare
+
+    return run_compare(options)
+
+
 def evaluate(options: EvaluateArguments) -> str:
     """Measure how an image-text model retrieves and classifies."""
     from hf_mimic.evaluation import evaluate_image_text, readable
@@ -213,5 +221,6 @@ COMMANDS: dict[str, tuple[Callable[..., str], Callable[[], list[Any]]]] = {
     "score": (score, lambda: [DataArguments, ScoreArguments]),
     "filter": (filter_rows, lambda: [FilterArguments]),
     "evaluate": (evaluate, lambda: [EvaluateArguments]),
+    "compare": (compare, lambda: [CompareArguments]),
     "report": (report, lambda: [ReportArguments]),
 }

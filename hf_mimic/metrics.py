@@ -1,6 +1,7 @@
 """Metrics: accuracy for the Trainer, how well scores find the samples known to be wrong, and those of image-text models.
 
-The latter live in retrieval.py (recall, zero-shot accuracy) and embeddings.py (what stands for a class).
+The latter live in retrieval.py (recall, zero-shot accuracy) and embeddings.py (what stands for a class), what tells a
+reference's training samples in membership.py.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ from typing import Any
 import numpy as np
 
 from hf_mimic.embeddings import class_embeddings
+from hf_mimic.membership import discovered, membership
 from hf_mimic.retrieval import recall, retrieval, zero_shot_accuracy
 
-__all__ = ["accuracy", "class_embeddings", "detection", "recall", "retrieval", "zero_shot_accuracy"]
+__all__ = [
+    "accuracy",
+    "class_embeddings",
+    "detection",
+    "discovered",
+    "membership",
+    "recall",
+    "retrieval",
+    "zero_shot_accuracy",
+]
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

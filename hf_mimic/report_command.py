@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_mimic.command_arguments import ReportArguments
+from hf_mimic.cuts import ScoreFilter
 from hf_mimic.data import load_rows
-from hf_mimic.filters import ThresholdFilter, TrustFilter
+from hf_mimic.ensembles import EnsembleFilter
+from hf_mimic.expressions import CombinedFilter
+from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter
 from hf_mimic.report import build_report
 from hf_mimic.report_health import last_checkpoint, read_health
 from hf_mimic.report_options import ReportOptions
@@ -20,6 +23,9 @@ from hf_mimic.scores import ScoreTable
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_NOT_NEGATIVE = CombinedFilter("~(mimic_score < 0)")
 
 
 def run_report(options: ReportArguments) -> dict[str, Any]:
@@ -63,18 +69,20 @@ def run_report(options: ReportArguments) -> dict[str, Any]:
 def table_filters(table: ScoreTable) -> dict[str, np.ndarray]:
     """Return what the filters that fit these scores keep (S,), by name."""
     scores = table.aggregate()
-    found: dict[str, np.ndarray] = {}
-    if scores["trust"].null_count < len(scores):
-        found["TrustFilter"] = TrustFilter().fit_predict(table)
+    there = {name for name in scores.column_names if scores[name].null_count < len(scores)}
+    rules: dict[str, ScoreFilter] = {}
+    if "trust" in there:
+        rules["trust"] = TrustFilter()
     weights = scores["relative_weight"].drop_null().to_numpy()
     if len(weights) and np.ptp(weights) > 1e-6 * weights.max():
-        with warnings.catch_warnings():  # of weights that are equal at each visit: it is one filter of several here
-            warnings.simplefilter("ignore", UserWarning)
-            found["ThresholdFilter"] = ThresholdFilter().fit_predict(table)
-    score = scores["mimic_score"].to_numpy()
-    if np.isfinite(score).any():
-        found["mimic_score >= 0"] = ~(score < 0)
-    return found
+        rules["threshold 1/b"] = ThresholdFilter()
+    if "mimic_score" in there:
+        rules |= {"two means": TwoMeansFilter(), "mixture": MixtureFilter(), "mimic_score >= 0": _NOT_NEGATIVE}
+    if there & {"mimic_score", "clip_score", "loss"}:
+        rules["ensemble"] = EnsembleFilter()
+    with warnings.catch_warnings():  # that one filter of several sees no two groups is what the page shows
+        warnings.simplefilter("ignore", UserWarning)
+        return {name: rule.fit_predict(table) for name, rule in rules.items()}
 
 
 def _own_filter(dataset: Dataset | None, table: ScoreTable | None, options: ReportArguments) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import io
+import json
 
 import datasets
 import models
@@ -521,3 +522,28 @@ def test_every_field_is_documented():
     for kind in (DataArguments, ScoreArguments, FilterArguments, EvaluateArguments):
         for field in dataclasses.fields(kind):
             assert f"        {field.name}: " in kind.__doc__
+
+
+def test_compare_ranks_data_sets(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for name, rate in (("worse", 0.4), ("better", 0.1)):
+        wrong = generator.random(500) < rate
+        table = ScoreTable(tmp_path / name)
+        trust = np.where(wrong, 0.02, 0.98)
+        table.record(range(500), epoch=0, step=0, mimic_score=0.5 - wrong, ref_trust=trust)
+        table.flush()
+    folders = [str(tmp_path / name) for name in ("worse", "better")]
+    output = tmp_path / "new" / "quality.json"
+    assert main(["compare", "--scores", *folders, "--names", "a", "b", "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["data", "set", "samples", "noise", "interval", "kept", "mean", "score", "evidence"]
+    assert [line.split()[0] for line in lines[1:3]] == ["b", "a"]
+    assert list(json.loads(output.read_text())) == ["b", "a"]
+    fails(
+        capsys,
+        1,
+        "different name for each of the 2 folders",
+        lambda: main(["compare", "--scores", *folders, "--names", "a"]),
+    )
+    fails(capsys, 1, "`by` must be one of", lambda: main(["compare", "--scores", *folders, "--by", "size"]))
+    fails(capsys, 1, "must hold the score shards", lambda: main(["compare", "--scores", str(tmp_path)]))

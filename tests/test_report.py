@@ -575,7 +575,8 @@ def test_command(home, capsys):
     assert "mimic_score >= 0 keeps 4 (66.7%)" in printed
     assert str(home / "report/report.html") in printed
     numbers = json.loads((home / "report/report.json").read_text(encoding="utf-8"))
-    assert numbers["agreement"]["filters"] == ["ThresholdFilter", "mimic_score >= 0"]
+    names = ["threshold 1/b", "two means", "mixture", "mimic_score >= 0", "ensemble"]
+    assert numbers["agreement"]["filters"] == names
     assert numbers["title"] == "Scores of rows.parquet"
     assert numbers["compare"] == {"a": {"retained": 0.5}}
     assert (home / "report/README.md").is_file()

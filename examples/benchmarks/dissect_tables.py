@@ -69,7 +69,9 @@ def _recall_table(runs: dict[tuple, list[dict]]) -> str:
     ]
     names = [f"{'I->T' if 'image_to' in name else 'T->I'} R@{name.split('@')[1]}" for name in RECALLS]
     return (
-        "icons, 40 % shuffled, r = .5, equal steps: recalls in per cent\n\n" + table(["method", *names], rows) if rows else ""
+        "icons, 40 % shuffled, r = .5, equal steps: recalls in per cent\n\n" + table(["method", *names], rows)
+        if rows
+        else ""
     )
 
 
