@@ -130,10 +130,10 @@ class CutFilter(ScoreFilter):
         """
         check_choice("over", self.over, OVER)
         _, values = self._read(scores)
-        some = row_means(sampled(values, 0))
-        some = some[~np.isnan(some)]
-        self.two_groups_ = not self.check or has_two_groups(some)
-        if isinstance(scores, ScoreTable) and len(some) and np.ptp(some) <= _SLACK * np.abs(some).max():
+        some = sampled(values, 0)
+        means, known = row_means(some), some[~np.isnan(some)]
+        self.two_groups_ = not self.check or has_two_groups(means[~np.isnan(means)])
+        if isinstance(scores, ScoreTable) and len(known) and np.ptp(known) <= _SLACK * np.abs(known).max():
             warnings.warn(
                 f"a filter must have scores that differ, got equal ones only in `{self.column_}`: the run chose its samples "
                 "(see `clip_score`, `loss` and `kept`) or trained plainly. Filter by one of these columns, or score with a "
