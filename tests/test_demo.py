@@ -57,7 +57,7 @@ def test_another_seed_is_another_split():
 
 
 @pytest.mark.filterwarnings("ignore:the reference agrees")  # after three steps it knows nothing
-@pytest.mark.filterwarnings("ignore:the threshold filter must have weights that differ")  # so short a run has none
+@pytest.mark.filterwarnings("ignore:a filter must have scores that differ")  # so short a run has none
 def test_a_short_story_leaves_everything_behind(tmp_path):
     told = []
     results = run_story(short_story(0), 0, tmp_path, told.append)
