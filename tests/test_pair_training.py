@@ -121,7 +121,7 @@ def test_string_ids_are_hashed(clip, tmp_path):
     assert set(scores_of(tmp_path).sample_id) == set(hash_ids(rows, "key")["sample_id"][:])
     shared = ["--dataset", str(tmp_path / "rows.parquet"), "--scores", str(tmp_path / "run" / "scores")]
     output = str(tmp_path / "all.parquet")
-    with pytest.warns(UserWarning, match="must have weights that differ"):
+    with pytest.warns(UserWarning, match="must have scores that differ"):
         assert main(["filter", *shared, "--output", output, "--sample_id_column", "key", "--keep_all"]) == 0
     curated = load_rows(output)
     assert curated["key_key"][:] == keys
