@@ -175,6 +175,11 @@ class CutFilter(ScoreFilter):
             count += known
         return Votes(ids, found, total / np.maximum(count, 1))
 
+    def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
+        """Return what to keep, booleans (N,)."""
+        heard = self.votes(scores)
+        return majority(heard.votes, heard.score)
+
     def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
         """Return what is kept, what is dropped, and why.
 

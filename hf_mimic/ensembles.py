@@ -18,6 +18,7 @@ from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
 from hf_mimic.filters import MixtureFilter, ThresholdFilter, TwoMeansFilter
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import learned_odds, most_f1, with_odds
+from hf_mimic.two_groups import sampled
 from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority
 
 WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
@@ -67,6 +68,18 @@ class EnsembleFilter(ScoreFilter):
         Raises:
             ValueError: If a parameter is wrong, no filter finds a score, or vote="trust" and the reference was not run.
         """
+        self._fit(scores)
+        return self
+
+    def fit_predict(self, scores: Tables, y: Any = None) -> np.ndarray:
+        """Return `fit(scores).predict(scores)`; the votes are counted once."""
+        return self._keep(self._fit(scores), scores)
+
+    def predict(self, scores: Tables) -> np.ndarray:
+        """Return what to keep, booleans (N,)."""
+        return self._keep(self.votes(scores), scores)
+
+    def _fit(self, scores: Tables) -> Votes:
         check_choice("vote", self.vote, WAYS)
         if self.least != "f1" and not (isinstance(self.least, (int, float)) and 0 < self.least < 1):
             raise ValueError(f'`least` must be in (0, 1) or "f1", got {self.least!r}. Use 0.5 for more likely good.')
@@ -93,9 +106,9 @@ class EnsembleFilter(ScoreFilter):
             self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes)
         self.threshold_ = self.least
         if self.least == "f1":
-            good = self._proba(heard.votes, trust)
+            good = self._proba(sampled(heard.votes, 0), sampled(trust, 0))  # the same samples: one seed
             self.threshold_ = most_f1(good[~np.isnan(good)]) if np.isfinite(good).any() else 0.5
-        return self
+        return heard
 
     def votes(self, scores: Tables) -> Votes:
         """Return the votes of all filters (N, V), in the order of `voters_`.
@@ -134,11 +147,13 @@ class EnsembleFilter(ScoreFilter):
             scores: What `fit` takes, with the same names.
         """
         heard = self.votes(scores)
-        if self.vote_ in ("majority", "nobody"):
-            keep = majority(heard.votes, heard.score)
-        else:
-            keep = ~(self._proba(heard.votes, _trust(scores, heard.sample_id)) < self.threshold_)
+        keep = self._keep(heard, scores)
         return FilterResult(heard.sample_id, keep, *tallied(heard.votes, keep, self._reason))
+
+    def _keep(self, heard: Votes, scores: Tables) -> np.ndarray:
+        if self.vote_ in ("majority", "nobody"):
+            return majority(heard.votes, heard.score)
+        return ~(self._proba(heard.votes, _trust(scores, heard.sample_id)) < self.threshold_)
 
     def _reason(self, against: int, count: int, keep: bool) -> str:
         said = f"{against} of {count} votes against" if count else "no votes"

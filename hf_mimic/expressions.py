@@ -64,8 +64,17 @@ class CombinedFilter(ScoreFilter):
         Raises:
             ValueError: If the expression cannot be read, or names a column that is not there.
         """
-        self.filter(scores)
+        self.predict(scores)
         return self
+
+    def predict(self, scores: ScoreTable | pa.Table | Columns) -> np.ndarray:
+        """Return what to keep, booleans (N,)."""
+        reader = _Reader(self.expression, _columns(scores)[0])
+        return reader.read(reader.tree)
+
+    def fit_predict(self, scores: ScoreTable | pa.Table | Columns, y: Any = None) -> np.ndarray:
+        """Return what to keep, booleans (N,)."""
+        return self.predict(scores)  # which checks as `fit` does
 
     def votes(self, scores: ScoreTable | pa.Table | Columns) -> Votes:
         """Return the decision as one vote of each sample (N, 1)."""

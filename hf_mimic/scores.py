@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ATTACHED = ("trust", *VALUES, "n_visits", "keep")
 _OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
+_KEPT_BYTES = 1 << 29  # of matrices: filters that vote ask for the same columns again
 _OWN = (_SHARDS, "*.tmp", "scoring.json", "scoring-labels.npz")  # the last two are of `hf_mimic.corpus`
 
 
@@ -44,7 +45,7 @@ class ScoreTable:
         self._tables: list[pa.Table] = []
         self._version = 0  # of the rows in memory
         self._aggregated: tuple[Any, pa.Table] | None = None
-        self._matrix: tuple[Any, ScoreMatrix] | None = None
+        self._matrices: dict[tuple[Any, ...], ScoreMatrix] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> ScoreTable:
@@ -193,12 +194,13 @@ class ScoreTable:
         """
         if column not in VALUES:
             raise ValueError(f"a score column must be one of {', '.join(VALUES)}, got {column!r}.")
-        key = (column, self._stamp())
-        if self._matrix is None or self._matrix[0] != key:
-            self._matrix = None  # one at a time: they are large
-            self._matrix = (key, self._visits().matrix(column))
-            self._matrix[1].values.flags.writeable = False
-        return self._matrix[1]
+        stamp = self._stamp()
+        self._matrices = {key: found for key, found in self._matrices.items() if key[1] == stamp}
+        if (column, stamp) not in self._matrices:
+            while sum(found.values.nbytes for found in self._matrices.values()) > _KEPT_BYTES:
+                del self._matrices[next(iter(self._matrices))]  # the oldest
+            self._matrices[column, stamp] = self._visits().matrix(column)
+        return self._matrices[column, stamp]
 
     def _visits(self) -> Visits:
         self._collect()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 _SAMPLE = 200_000  # values: in what modes are counted; also the block of a sum
-_FITTED = 50_000  # values: what a mixture is fitted to
+_FITTED = 20_000  # values: what a mixture is fitted to
 _ENDS = (0.005, 0.995)
 _FEWEST, _BINS, _REPEATS = 50, 512, 200
 _ROUNDING = 1e-9
@@ -64,7 +64,7 @@ class Mixture(NamedTuple):
 
     @classmethod
     def fit(cls, values: np.ndarray, seed: int = 0) -> Mixture | None:
-        """Fit by scikit-learn's EM, to 50,000 of the values at most; None where all values are equal.
+        """Fit by scikit-learn's EM, to 20,000 of the values at most; None where all values are equal.
 
         It starts from the groups of `two_means`, so that no restart is needed.
         """

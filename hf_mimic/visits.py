@@ -136,7 +136,9 @@ class Visits:
             for number in [n for n in sums if not to_come[n]]:
                 total, visits = sums.pop(number)
                 values[:, number] = total.mean(visits)
-        return ScoreMatrix(self.index.ids(there), epochs, values if there.all() else values[there])
+        values = values if there.all() else values[there]
+        values.flags.writeable = False  # it is kept, and given to several
+        return ScoreMatrix(self.index.ids(there), epochs, values)
 
     def _there(self, places: Sequence[np.ndarray]) -> np.ndarray | None:
         rows = sum(map(len, places))

@@ -28,18 +28,34 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from hf_mimic import ScoreTable, ThresholdFilter, TrustFilter, attach_scores
+from hf_mimic import (
+    CombinedFilter,
+    EnsembleFilter,
+    MixtureFilter,
+    ScoreTable,
+    ThresholdFilter,
+    TrustFilter,
+    TwoMeansFilter,
+    attach_scores,
+)
 
 BATCH = 64  # samples per process and step
 Filters = Mapping[str, Callable[[ScoreTable], np.ndarray]]
-FILTERS: Filters = {"ThresholdFilter": lambda table: ThresholdFilter().fit_predict(table)}
+FILTERS: Filters = {
+    "ThresholdFilter": lambda table: ThresholdFilter().fit_predict(table),
+    "top 30 %": lambda table: ThresholdFilter(top=0.3).fit_predict(table),
+    "TwoMeansFilter": lambda table: TwoMeansFilter().fit_predict(table),
+    "MixtureFilter": lambda table: MixtureFilter().fit_predict(table),
+    "CombinedFilter": lambda table: CombinedFilter("top(mimic_score, 0.8) - bottom(loss, 0.1)").fit_predict(table),
+    "EnsembleFilter": lambda table: EnsembleFilter().fit_predict(table),
+}
 TRUST: Filters = {"TrustFilter": lambda table: TrustFilter().fit_predict(table)}
 
 
 def write_shards(folder: Path, rows: int, epochs: int, *, ranks: int = 2, trust: bool = False) -> int:
-    """Write the scores of `rows` samples, a tenth of which are wrong; return the bytes."""
+    """Write the scores of `rows` samples, three tenths of which are wrong; return the bytes."""
     generator = np.random.default_rng(0)
-    wrong = generator.random(rows) < 0.1
+    wrong = generator.random(rows) < 0.3
     judged = np.clip(generator.normal(np.where(wrong, 0.3, 0.8), 0.15), 0, 1).astype(np.float32) if trust else None
     steps = -(-rows // (ranks * BATCH))
     folder.mkdir(parents=True)
@@ -49,10 +65,10 @@ def write_shards(folder: Path, rows: int, epochs: int, *, ranks: int = 2, trust:
             ids = np.concatenate([order[i : i + BATCH] for i in range(rank * BATCH, rows, ranks * BATCH)])
             of = epoch * steps + np.arange(len(ids)) // BATCH
             noise = generator.normal(size=(3, len(ids))).astype(np.float32)
-            score = np.where(wrong[ids], np.float32(-1), np.float32(1)) + noise[0]
+            score = np.where(wrong[ids], np.float32(-2), np.float32(2)) + noise[0]
             known = {
                 "mimic_score": score,
-                "relative_weight": np.exp(score / 4 - 0.2),
+                "relative_weight": np.exp(score / 4 - 0.3),
                 "loss": np.abs(1 - score + noise[1]),
             }
             known |= {} if judged is None else {"ref_trust": judged[ids], "ref_loss": np.abs(noise[2])}
