@@ -83,7 +83,7 @@ def page(browser, written):
     assert browser.get_log("browser") == []
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    urls = {m["request"]["url"] for m in asked if not m["documentURL"].startswith("chrome:")}  # of the empty first tab
+    urls = {m["request"]["url"] for m in asked if not m["documentURL"].startswith("chrome")}  # of the empty first tab
     assert {url for url in urls if not url.startswith("data:")} == {written.html.as_uri()}
     assert browser.execute_script("return document.title") == f"Scores {EVIL}"
     assert browser.execute_script("return document.querySelectorAll('script').length") == 2
