@@ -123,7 +123,7 @@ class EnsembleFilter(ScoreFilter):
         self._owner: list[int] = []  # the filter of each voter
         for place, name, model in self.filters_:
             heard = model.votes(tables[place])
-            rows = np.searchsorted(ids, heard.sample_id)
+            rows = _rows(ids, heard.sample_id)
             votes = np.full((len(ids), heard.votes.shape[1]), ABSTAINS, dtype=np.int8)
             votes[rows] = heard.votes
             columns.append(votes)
@@ -252,11 +252,17 @@ def _named(scores: Tables) -> Mapping[str, ScoreTable]:
 
 
 def _all_ids(scores: Tables) -> np.ndarray:
-    return np.unique(np.concatenate([_ids(table) for table in _named(scores).values()]))
+    found = [_ids(table) for table in _named(scores).values()]
+    return found[0] if all(np.array_equal(ids, found[0]) for ids in found[1:]) else np.unique(np.concatenate(found))
 
 
 def _ids(table: ScoreTable) -> np.ndarray:
     return table.aggregate()["sample_id"].to_numpy()
+
+
+def _rows(ids: np.ndarray, own: np.ndarray) -> np.ndarray | slice:
+    """Return where the samples of one table are among all."""
+    return slice(None) if np.array_equal(ids, own) else np.searchsorted(ids, own)
 
 
 def _trust(scores: Tables, ids: np.ndarray) -> np.ndarray:
@@ -264,8 +270,7 @@ def _trust(scores: Tables, ids: np.ndarray) -> np.ndarray:
     total, count = np.zeros(len(ids)), np.zeros(len(ids))
     for table in _named(scores).values():
         column = table.aggregate()["ref_trust"].to_numpy().astype(float)
-        rows = np.searchsorted(ids, _ids(table))
-        known = np.isfinite(column)
-        total[rows[known]] += column[known]
-        count[rows[known]] += 1
+        rows, known = _rows(ids, _ids(table)), np.isfinite(column)
+        total[rows] += np.where(known, column, 0)
+        count[rows] += known
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

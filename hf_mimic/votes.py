@@ -13,6 +13,7 @@ from hf_mimic.two_groups import sampled
 
 ABSTAINS = -1
 FEWEST = 3
+_LEARNED = 20_000  # samples
 _WEAK = 0.2  # correlation
 _LARGEST = 2**60
 _COUNTED = 2_000_000  # kinds: up to so many are counted without a sort
@@ -55,7 +56,7 @@ class DawidSkene(BaseEstimator):
     evidence counts `1 / sum_u r_uv` (at most 1), r being the correlation of two voters' errors under the current
     posterior: k copies of a voter count as one, independent voters as Dawid and Skene's.
 
-    Of more than 200,000 samples it learns from as many.
+    Of more than 20,000 samples it learns from as many.
 
     Args:
         correlated: Whether voters may make the same mistakes; False takes them for independent.
@@ -79,7 +80,7 @@ class DawidSkene(BaseEstimator):
         Raises:
             ValueError: If fewer than three vote: from two one cannot tell who is right.
         """
-        kinds, _, counts = patterns(sampled(votes, self.seed))
+        kinds, _, counts = patterns(sampled(votes, self.seed, _LEARNED))
         present = ~np.isnan(kinds)
         if present.any(0).sum() < FEWEST:
             raise ValueError(
