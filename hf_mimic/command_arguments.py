@@ -106,8 +106,8 @@ class FilterArguments:
         split: Split of the data set.
         sample_id_column: Integer id column; added, in row order, if the data set has none.
         filter: The rule: trust (where the highest F1 is expected; the default where the reference was run), threshold
-            (the papers' 1/b; the default where it was not), two_means, mixture, ensemble (of these, over epochs). The last
-            three keep everything where they see no two groups.
+            (the papers' 1/b; the default where it was not), two_means, mixture, ensemble (of these two, over epochs,
+            and of the trust). The last three keep everything where nothing tells two groups.
         expression: A set of score columns instead, such as "top(clip_score, 0.3) - bottom(mimic_score, 0.2)".
         min_trust: Keep by a probability that the label is right of at least this instead.
         threshold: Keep by a relative weight (uniform = 1) of at least this in most epochs instead.

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from hf_mimic.checks import check_choice
 from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
-from hf_mimic.filters import MixtureFilter, ThresholdFilter, TwoMeansFilter
+from hf_mimic.filters import MixtureFilter, TwoMeansFilter
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import learned_odds, most_f1, with_odds
 from hf_mimic.two_groups import sampled
@@ -41,7 +41,7 @@ class EnsembleFilter(ScoreFilter):
 
     Args:
         filters: (name, filter) pairs; None takes two means and a mixture on mimic score, CLIPScore and loss; where there
-            is no trust, with a check for two groups, and the threshold too.
+            is no trust, with a check for two groups.
         vote: One of these; "auto" takes the trust where the reference was run, else "correlated".
         least: Keep from this P(good) on; "f1" takes the one with the highest expected F1 of finding the bad samples.
 
@@ -221,15 +221,15 @@ class EnsembleFilter(ScoreFilter):
 def default_voters(table: ScoreTable, *, check: bool) -> list[tuple[str, ScoreFilter]]:
     """Return the filters of an ensemble, as far as the table has their columns.
 
+    The papers' threshold is not among them: it finds no cut of its own, and a softmax makes two groups of weights where
+    there is one of scores.
+
     Args:
         table: Whose columns.
-        check: Whether they abstain where they see no two groups. If not, what they say is worth must be learned; and the
-            threshold, which finds no cut of its own, is left out.
+        check: Whether they abstain where they see no two groups. If not, what they say is worth must be learned.
     """
     scores = table.aggregate()
     found: list[tuple[str, ScoreFilter]] = []
-    if check and _has(scores, "relative_weight"):
-        found.append(("threshold", ThresholdFilter(check=True)))
     for column in ("mimic_score", "clip_score", "loss"):
         if _has(scores, column):
             found.append((f"two_means({column})", TwoMeansFilter(column, check=check)))

@@ -65,8 +65,10 @@ def detectors(name: str, seed: int, data: Path, cache: Path) -> dict[str, float]
         keep |= {f"{rule}, {way}": model.fit(tables[way]).predict(tables[way]) for rule, model in PAPER.items()}
         keep |= {f"{rule} of scores, {way}": m.fit(tables[way]).predict(tables[way]) for rule, m in OURS.items()}
     mimic = {way: tables[way] for way in WAYS[1:]}
+    voters = [("threshold", ThresholdFilter()), *OURS.items()]  # without a check, as above
     for vote in ("majority", "dawid_skene", "correlated"):
-        keep[f"votes alone: {vote}"] = EnsembleFilter(vote=vote).fit_predict(mimic)
+        keep[f"votes alone, both layers: {vote}"] = EnsembleFilter(voters, vote=vote, least=0.5).fit_predict(mimic)
+    keep["votes alone, with a check"] = EnsembleFilter(vote="correlated").fit_predict(mimic)
     keep["trust filter"] = TrustFilter().fit_predict(tables["default"])
     keep["ensemble"] = EnsembleFilter().fit_predict({way: tables[way] for way in ("default", "mimic, all layers")})
     return {method: 100 * float(f1_score(wrong, ~kept)) for method, kept in keep.items()}
