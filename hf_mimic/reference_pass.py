@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from hf_mimic.files import write_atomically
 from hf_mimic.finite import finite_forward, without_trace
-from hf_mimic.judge import LabelJudge
 from hf_mimic.losses import PerSampleLoss, clip_score
 from hf_mimic.mimic import eval_mode, mimic_forward
 from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
@@ -277,6 +276,8 @@ def _classifies(logits: Any, labels: Any) -> bool:
 
 
 def _judged(ids: Any, losses: Any, clip_scores: Any, log_probs: Any, labels: Any) -> ReferenceScores:
+    from hf_mimic.judge import LabelJudge
+
     if log_probs is None or len(log_probs) != len(ids):
         return ReferenceScores(ids, losses, np.full(len(ids), np.nan), clip_scores=clip_scores)
     _, first = np.unique(ids, return_index=True)  # a padded row must not count twice
