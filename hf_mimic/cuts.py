@@ -18,12 +18,11 @@ from sklearn.utils.validation import check_is_fitted
 from hf_mimic.checks import check_choice
 from hf_mimic.scores import VALUES, ScoreTable
 from hf_mimic.two_groups import has_two_groups, sampled
-from hf_mimic.votes import ABSTAINS, count_votes, majority
+from hf_mimic.votes import ABSTAINS, blocks, count_votes, majority
 
 FALLING = ("loss", "ref_loss")  # of these the lower is the better
 OVER = ("epochs", "pooled", "mean")
 _SLACK = 1e-6
-_LOWEST = np.finfo(np.float32).min  # for a cut that is not there
 _MISSING = {
     "relative_weight": "Relative weights are recorded in training; a frozen scoring pass has only `mimic_score`, and a batch "
     "of one has no weights to compare. Filter by the score instead (`s > 0`, or --min_score 0).",
@@ -164,16 +163,17 @@ class CutFilter(ScoreFilter):
                 f"the scores must have the {len(self._least)} epochs of the fit, got {epochs}. Fit again, or use "
                 'over="pooled".'
             )
-        found = np.full(values.shape, ABSTAINS, dtype=np.int8)
-        total, count = np.zeros(len(values)), np.zeros(len(values), dtype=np.int32)
-        for epoch, least in enumerate(np.broadcast_to(self._least, epochs)):  # one at a time: there may be millions
-            column = values[:, epoch]
-            known = ~np.isnan(column)
+        least = np.broadcast_to(self._least, epochs).astype(values.dtype)
+        found = np.full((epochs, len(values)), ABSTAINS, dtype=np.int8).T  # one epoch after the other in memory
+        score = np.zeros(len(values), dtype=np.float32)
+        for rows in blocks(len(values)):
+            part = values[rows]
+            known = ~np.isnan(part)
             if self.two_groups_:
-                found[:, epoch] = np.where(known, column >= least, ABSTAINS)
-            total += np.where(known, column - max(least, _LOWEST), 0)
-            count += known
-        return Votes(ids, found, total / np.maximum(count, 1))
+                found[rows] = np.where(known, part >= least, ABSTAINS)
+                margin = np.where(known & np.isfinite(least), part - least, 0)
+                score[rows] = margin.sum(1) / np.maximum(known.sum(1), 1)
+        return Votes(ids, found, score)
 
     def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
         """Return what to keep, booleans (N,)."""
@@ -199,8 +199,11 @@ class CutFilter(ScoreFilter):
 
     def _found(self, values: np.ndarray) -> float:
         """Return the cut of one column, -inf where there is none."""
-        known = values[~np.isnan(values)]
-        cut = self._cut(known) if len(known) and self.two_groups_ else None
+        if not self.two_groups_:
+            return -np.inf
+        missing = np.isnan(values)
+        known = values[~missing] if missing.any() else values  # no copy of millions
+        cut = self._cut(known) if len(known) else None
         return -np.inf if cut is None else cut
 
     def _cut(self, values: np.ndarray) -> float | None:
@@ -268,9 +271,9 @@ def _column(table: ScoreTable, column: str | None) -> tuple[np.ndarray, np.ndarr
 
 def row_means(values: np.ndarray) -> np.ndarray:
     """Return the mean over the known values of each row (N,), NaN where there is none."""
-    total, count = np.zeros(len(values)), np.zeros(len(values), dtype=np.int32)
-    for column in values.T:  # one at a time: there may be millions of rows
-        known = ~np.isnan(column)
-        total += np.where(known, column, 0)
-        count += known
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    found = np.full(len(values), np.nan)
+    for rows in blocks(len(values)):
+        known = ~np.isnan(values[rows])
+        total = values[rows].sum(1, where=known, dtype=float)
+        np.divide(total, known.sum(1), out=found[rows], where=known.any(1))
+    return found

@@ -19,13 +19,13 @@ from hf_mimic.filters import MixtureFilter, TwoMeansFilter
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import learned_odds, most_f1, with_odds
 from hf_mimic.two_groups import sampled
-from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority
+from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, blocks, count_votes, majority
 
 WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
 Tables = ScoreTable | Mapping[str, ScoreTable]
 _NEWS = 0.5  # of what votes say beside the trust: they come from a model that was pulled to the same reference
 _ENOUGH = 100  # samples to learn from
-_FITTED, _BLOCK = 20_000, 1_000_000
+_FITTED = 20_000
 
 
 class EnsembleFilter(ScoreFilter):
@@ -124,16 +124,18 @@ class EnsembleFilter(ScoreFilter):
         for place, name, model in self.filters_:
             heard = model.votes(tables[place])
             rows = _rows(ids, heard.sample_id)
-            votes = np.full((len(ids), heard.votes.shape[1]), ABSTAINS, dtype=np.int8)
-            votes[rows] = heard.votes
+            votes = heard.votes
+            if len(votes) < len(ids):
+                votes = np.full((len(ids), heard.votes.shape[1]), ABSTAINS, dtype=np.int8)
+                votes[rows] = heard.votes
             columns.append(votes)
-            score[rows] += heard.score / max(float(np.std(heard.score)), 1e-12)
+            score[rows] += heard.score / max(float(np.std(sampled(heard.score, 0))), 1e-12)
             prefix = f"{place}/{name}" if place else name
             self.voters_ += (
                 [prefix] if votes.shape[1] == 1 else [f"{prefix}/{epoch}" for epoch in range(votes.shape[1])]
             )
             self._owner += [len(columns)] * votes.shape[1]
-        return Votes(ids, np.concatenate(columns, 1), score)
+        return Votes(ids, np.concatenate([votes.T for votes in columns]).T, score)  # a voter after the other in memory
 
     def predict_proba(self, scores: Tables) -> np.ndarray:
         """Return P(good) (N,); by majority the share of the votes to keep. NaN where nothing is known."""
@@ -208,10 +210,9 @@ class EnsembleFilter(ScoreFilter):
             good = self._model.predict_proba(votes)
         elif self.vote_ == "trust":
             good = np.where(np.isnan(trust) & (count > 0), np.nanmean(trust), trust)
-            for start in range(0, len(votes), _BLOCK):
-                block = slice(start, start + _BLOCK)
+            for rows in blocks(len(votes)):
                 if self._odds is not None:
-                    good[block] = with_odds(good[block], _NEWS * self._odds(self._told(votes[block])))
+                    good[rows] = with_odds(good[rows], _NEWS * self._odds(self._told(votes[rows])))
             return good
         else:
             good = (count - against) / np.maximum(count, 1)

@@ -79,7 +79,7 @@ class CombinedFilter(ScoreFilter):
     def votes(self, scores: ScoreTable | pa.Table | Columns) -> Votes:
         """Return the decision as one vote of each sample (N, 1)."""
         result = self.filter(scores)
-        return Votes(result.sample_id, result.keep[:, None].astype(float), result.keep - 0.5)
+        return Votes(result.sample_id, result.keep[:, None].astype(np.int8), result.keep - 0.5)
 
     def filter(self, scores: ScoreTable | pa.Table | Columns) -> FilterResult:
         """Return what is kept, what is dropped, and by which part of the expression."""

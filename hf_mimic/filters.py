@@ -15,6 +15,7 @@ from hf_mimic.cuts import CutFilter, FilterResult, ScoreFilter, Votes, read_scor
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import most_f1
 from hf_mimic.two_groups import Mixture, two_means
+from hf_mimic.votes import ABSTAINS
 
 _SLACK = 1e-6  # a uniform weight times b may be an ulp of float32 below 1
 
@@ -57,13 +58,14 @@ class TrustFilter(ScoreFilter):
         check_is_fitted(self)
         ids, trust = _trust(scores)
         margin = trust - self.threshold_
-        return Votes(ids, np.where(np.isnan(trust), np.nan, margin >= 0)[:, None], margin)
+        votes = np.where(np.isnan(trust), ABSTAINS, margin >= 0).astype(np.int8)
+        return Votes(ids, votes[:, None], margin)
 
     def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
         """Return what is kept, what is dropped, and why."""
         ids, votes, _ = self.votes(scores)
         vote = votes[:, 0]
-        code = np.where(np.isnan(vote), 2, vote).astype(np.int32)
+        code = np.where(vote == ABSTAINS, 2, vote).astype(np.int32)
         cut = f"{self.threshold_:.3g}"
         return FilterResult(ids, vote != 0, code, (f"trust below {cut}", f"trust of {cut} or more", "no trust"))
 

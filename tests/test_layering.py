@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "two_groups": set(),
     "votes": {"two_groups"},
     "cuts": {"checks", "scores", "two_groups", "votes"},
-    "filters": {"cuts", "scores", "trust", "two_groups"},
+    "filters": {"cuts", "scores", "trust", "two_groups", "votes"},
     "ensembles": {"checks", "cuts", "filters", "scores", "trust", "two_groups", "votes"},
     "expressions": {"cuts", "filters", "scores"},
     "quality": {"checks", "ensembles", "filters", "scores"},
