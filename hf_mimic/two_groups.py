@@ -35,13 +35,14 @@ def two_means(values: np.ndarray) -> float | None:
     if not len(ordered) or ordered[0] == ordered[-1]:
         return None
     shift = float(ordered[len(ordered) // 2])
+    scale = max(float(ordered[-1]) - shift, shift - float(ordered[0]))  # squares of what is huge or tiny have no float
     best, split, below = -1.0, 0, 0.0
     total = _sum(ordered, shift)
     for start in range(0, len(ordered) - 1, _SAMPLE):
-        part = ordered[start : min(start + _SAMPLE, len(ordered) - 1)] - shift
-        sums = below + np.cumsum(part, dtype=float)  # (n,) of the lower group
+        part = ordered[start : min(start + _SAMPLE, len(ordered) - 1)].astype(float) - shift
+        sums = below + np.cumsum(part)  # (n,) of the lower group
         lower = np.arange(start + 1, start + len(part) + 1)
-        gain = (len(ordered) * sums - lower * total) ** 2 / (lower * (len(ordered) - lower).astype(float))
+        gain = ((len(ordered) * sums - lower * total) / scale) ** 2 / (lower * (len(ordered) - lower).astype(float))
         place = int(gain.argmax())
         if gain[place] > best:
             best, split = float(gain[place]), start + place + 1
@@ -52,7 +53,7 @@ def two_means(values: np.ndarray) -> float | None:
 
 def _sum(values: np.ndarray, shift: float) -> float:
     """Return the sum of the differences from `shift`, without a float64 copy of all."""
-    return float(sum((values[i : i + _SAMPLE] - shift).sum(dtype=float) for i in range(0, len(values), _SAMPLE)))
+    return float(sum((values[i : i + _SAMPLE].astype(float) - shift).sum() for i in range(0, len(values), _SAMPLE)))
 
 
 class Mixture(NamedTuple):

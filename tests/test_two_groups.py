@@ -117,3 +117,13 @@ def test_a_sample_is_seeded_and_whole_where_it_fits():
     assert (sampled(values, 0) == sampled(values, 0)).all()
     assert (sampled(values, 0) != sampled(values, 1)).any()
     assert sampled(values[:10], 0).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e200])
+def test_two_means_of_any_size(scale):
+    values = np.array([1.0, 2.0, 9.0, 10.0, 11.0])
+    assert two_means(values * scale) == pytest.approx(5.75 * scale, rel=1e-9, abs=0)  # halfway between 1.5 and 10
+
+
+def test_two_means_of_float32_that_differ_by_more_than_float32_holds():
+    assert two_means(np.array([-3e38, 3e38, 2.9e38], np.float32)) == pytest.approx(-2.5e36, rel=1e-2)
