@@ -164,15 +164,14 @@ class CutFilter(ScoreFilter):
                 'over="pooled".'
             )
         least = np.broadcast_to(self._least, epochs).astype(values.dtype)
+        voting = np.isfinite(least)  # an epoch without a cut says nothing, least of all that a sample is good
         found = np.full((epochs, len(values)), ABSTAINS, dtype=np.int8).T  # one epoch after the other in memory
         score = np.zeros(len(values), dtype=np.float32)
         for rows in blocks(len(values)):
             part = values[rows]
-            known = ~np.isnan(part)
-            if self.two_groups_:
-                found[rows] = np.where(known, part >= least, ABSTAINS)
-                margin = np.where(known & np.isfinite(least), part - least, 0)
-                score[rows] = margin.sum(1) / np.maximum(known.sum(1), 1)
+            known = ~np.isnan(part) & voting
+            found[rows] = np.where(known, part >= least, ABSTAINS)
+            score[rows] = np.where(known, part - least, 0).sum(1) / np.maximum(known.sum(1), 1)
         return Votes(ids, found, score)
 
     def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
@@ -192,7 +191,10 @@ class CutFilter(ScoreFilter):
 
     def _reason(self, against: int, count: int, keep: bool) -> str:
         if not count:
-            return f"`{self.column_}` has no two groups" if not self.two_groups_ else f"no `{self.column_}`"
+            cuts = np.isfinite(self._least)
+            if not cuts.any():
+                return f"`{self.column_}` has no two groups"
+            return f"no `{self.column_}`" if cuts.all() else f"no `{self.column_}` at a visit that has a cut"
         word = "above" if self._sign < 0 else "below"
         text = f"`{self.column_}` is {word} its cut at {against} of {count} visits"
         return text if 2 * against != count else f"{text}, and {'not ' if keep else ''}in the mean"

@@ -58,8 +58,8 @@ class TrustFilter(ScoreFilter):
         check_is_fitted(self)
         ids, trust = _trust(scores)
         margin = trust - self.threshold_
-        votes = np.where(np.isnan(trust), ABSTAINS, margin >= 0).astype(np.int8)
-        return Votes(ids, votes[:, None], margin)
+        vote = np.where(np.isnan(trust), ABSTAINS, margin >= 0).astype(np.int8)
+        return Votes(ids, vote[:, None], np.where(np.isnan(trust), 0, margin))
 
     def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
         """Return what is kept, what is dropped, and why."""
@@ -82,6 +82,12 @@ def _trust(scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             "the trust filter must have a trust, got none: the reference was not run on the samples. Train with "
             'strategy="trust", or use `ThresholdFilter`.'
+        )
+    least, highest = np.nanmin(trust), np.nanmax(trust)
+    if trust.ndim != 1 or least < -_SLACK or highest > 1 + _SLACK:
+        raise ValueError(
+            f"trust must be probabilities (N,), NaN where there is none, got {trust.shape} from {least:g} to {highest:g}. "
+            "Cut other scores by `ThresholdFilter`."
         )
     return ids, trust
 
@@ -234,5 +240,5 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
 
 def default_filter(scores: ScoreTable) -> TrustFilter | ThresholdFilter:
     """Return a `TrustFilter` where the reference was run on any of the samples, else a `ThresholdFilter`."""
-    trust = scores.to_arrow()["ref_trust"]
+    trust = scores.aggregate()["ref_trust"]  # where NaN is null, too
     return TrustFilter() if trust.null_count < len(trust) else ThresholdFilter()

@@ -1,6 +1,7 @@
 """Filters on votes counted by hand, on tables, as scikit-learn estimators; what they say, and their bad input."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.base import clone
 
@@ -266,3 +267,31 @@ def test_the_default_is_the_trust_where_there_is_one():
 def test_filters_are_estimators(kind):
     assert clone(kind()).get_params() == kind().get_params()
     assert repr(kind()) == f"{kind.__name__}()"
+
+
+@pytest.mark.parametrize("model", [TwoMeansFilter(), MixtureFilter()])
+def test_an_epoch_of_equal_scores_does_not_vote(model):
+    generator = np.random.default_rng(0)
+    good = generator.random(400) < 0.6
+    scores = np.stack([np.zeros(400), np.where(good, 3.0, -3.0) + generator.normal(size=400)], 1)
+    assert (model.fit_predict(scores) == good).mean() > 0.99  # not kept by a tie
+    assert {*model.filter(scores).reason} == {f"`score` is below its cut at {k} of 1 visits" for k in (0, 1)}
+    scores[0, 1] = np.nan
+    assert model.fit(scores).filter(scores).reason[0] == "no `score` at a visit that has a cut"
+
+
+def test_a_sample_without_a_trust_abstains():
+    heard = TrustFilter(0.5).fit(np.array([0.2, 0.9])).votes(np.array([0.2, 0.9, np.nan]))
+    assert heard.votes[:, 0].tolist() == [0, 1, -1]
+    assert heard.score.tolist() == pytest.approx([-0.3, 0.4, 0.0])
+
+
+@pytest.mark.parametrize("trust", [[0.1, np.inf], [-3.0, 0.2, 5.0], [[0.1], [0.9]]])
+def test_a_trust_is_a_probability(trust):
+    with pytest.raises(ValueError, match=r"trust must be probabilities \(N,\), NaN where there is none, got"):
+        TrustFilter().fit(np.array(trust))
+
+
+def test_a_reference_that_said_nan_is_no_judge():
+    rows = pa.table({"sample_id": [0, 1], "relative_weight": [0.5, 1.5], "ref_trust": [np.nan, np.nan]})
+    assert isinstance(default_filter(ScoreTable.from_arrow(rows)), ThresholdFilter)
