@@ -118,6 +118,11 @@ class EnsembleFilter(ScoreFilter):
         """
         check_is_fitted(self)
         tables, ids = _named(scores), _all_ids(scores)
+        wanted = {place: None for place, _, _ in self.filters_}
+        if not wanted.keys() <= tables.keys():
+            raise ValueError(
+                f"the tables must have the names of the fit, {[*wanted]}, got {[*tables]}. Name them alike."
+            )
         columns, score = [], np.zeros(len(ids))
         self.voters_: list[str] = []
         self._owner: list[int] = []  # the filter of each voter
@@ -209,6 +214,11 @@ class EnsembleFilter(ScoreFilter):
         if self._model is not None:
             good = self._model.predict_proba(votes)
         elif self.vote_ == "trust":
+            if not np.isfinite(trust).any():
+                raise ValueError(
+                    "an ensemble that learned from a trust must have one to decide, got none: the reference was not run on "
+                    'these samples. Run it, or fit with vote="correlated".'
+                )
             good = np.where(np.isnan(trust) & (count > 0), np.nanmean(trust), trust)
             for rows in blocks(len(votes)):
                 if self._odds is not None:
@@ -254,7 +264,16 @@ def _named(scores: Tables) -> Mapping[str, ScoreTable]:
 
 def _all_ids(scores: Tables) -> np.ndarray:
     found = [_ids(table) for table in _named(scores).values()]
-    return found[0] if all(np.array_equal(ids, found[0]) for ids in found[1:]) else np.unique(np.concatenate(found))
+    if all(np.array_equal(ids, found[0]) for ids in found[1:]):
+        return found[0]
+    every = np.unique(np.concatenate(found))
+    if len(every) == sum(map(len, found)):
+        sizes = " and ".join(str(len(ids)) for ids in found)
+        raise ValueError(
+            f"the tables of an ensemble must be of the same samples, got {sizes} with no id in common. Give scores of the "
+            "same data set."
+        )
+    return every
 
 
 def _ids(table: ScoreTable) -> np.ndarray:

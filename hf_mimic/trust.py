@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,11 @@ def learned_odds(trust: np.ndarray, evidence: np.ndarray) -> Callable[[np.ndarra
         np.tile(evidence, (2, 1)), np.repeat([1, 0], len(soft)), sample_weight=np.concatenate([soft, 1 - soft])
     )
     base = model.intercept_[0] - _logit(soft.mean())
-    return lambda rows: rows @ model.coef_[0] + base
+    return partial(_line, model.coef_[0], base)  # a lambda could not be pickled
+
+
+def _line(slope: np.ndarray, base: float, rows: np.ndarray) -> np.ndarray:
+    return rows @ slope + base
 
 
 def with_odds(trust: np.ndarray, odds: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The ensemble: better than its members where they are independent, never fooled by copies, silent where it knows nothing."""
 
+import pickle
 import warnings
 
 import numpy as np
@@ -140,3 +141,30 @@ def test_it_is_an_estimator():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert EnsembleFilter().fit(drawn(0)[0]).vote_ == "correlated"
+
+
+def test_a_sample_without_a_trust_is_not_voted_out():
+    good = drawn(0)[1]
+    trust = np.where(good, 0.9, 0.2)
+    trust[:100] = np.nan
+    model = EnsembleFilter([("trust", TrustFilter()), ("two_means", TwoMeansFilter(over="mean"))], vote="majority")
+    assert errors(model.fit_predict(drawn(1, trust=trust)[0]), good) < 10
+    assert (model.votes(drawn(1, trust=trust)[0]).votes[:100, 0] == -1).all()
+
+
+def test_a_fitted_ensemble_can_be_pickled():
+    table, _ = drawn(1, trust=np.where(drawn(0)[1], 0.9, 0.2))
+    model = EnsembleFilter().fit(table)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(table), model.predict(table))
+
+
+def test_what_is_judged_must_be_like_what_was_fitted():
+    table, good = drawn(1, trust=np.where(drawn(0)[1], 0.9, 0.2))
+    with pytest.raises(ValueError, match=r"must have the names of the fit, \['a', 'b'\], got \['a'\]"):
+        EnsembleFilter().fit({"a": table, "b": table}).predict({"a": table})
+    with pytest.raises(ValueError, match="must have one to decide, got none: the reference was not run"):
+        EnsembleFilter().fit(table).predict(drawn(1)[0])
+    other = ScoreTable()
+    other.record(np.arange(N) + N, epoch=0, step=0, mimic_score=np.where(good, 1.0, -1.0))
+    with pytest.raises(ValueError, match=f"must be of the same samples, got {N} and {N} with no id in common"):
+        EnsembleFilter().fit({"a": table, "b": other})
