@@ -139,7 +139,7 @@ class _Reader:
             raise self._refusal(
                 node, "Put each comparison in brackets, the column first: (trust >= 0.5) & (loss < 2)."
             )
-        values = self._column(node.left).astype(float)  # against float32, numpy would round the number
+        values = self._known(node.left).astype(float)  # against float32, numpy would round the number
         number = self._number(node.comparators[0])
         return _COMPARE[type(node.ops[0])](values, number) & ~np.isnan(values)
 
@@ -151,7 +151,7 @@ class _Reader:
                 f"a set must be top, bottom or known, got `{name}` with {len(args)} arguments. {_GRAMMAR}"
             )
         share = self._number(args[1])
-        values = self._column(args[0])
+        values = self._known(args[0])
         if not 0 < share <= 1:
             raise ValueError(f"the share of `{name}` must be in (0, 1], got {share}. Use 0.3 for 30 %.")
         rising = (name == "top") != (isinstance(args[0], ast.Name) and args[0].id in FALLING)
@@ -170,6 +170,17 @@ class _Reader:
         values = np.asarray(self.columns[node.id])
         if values.dtype.kind not in "fiub":
             raise ValueError(f"a column of an expression must have numbers, `{node.id}` has {values.dtype}.")
+        return values
+
+    def _known(self, node: ast.expr) -> np.ndarray:
+        """Return a column with a value at least: of one without, no set is meant."""
+        values = self._column(node)
+        if len(values) and np.isnan(values).all():
+            numbers = {name: np.asarray(v) for name, v in self.columns.items() if np.asarray(v).dtype.kind in "fiub"}
+            there = [name for name, column in numbers.items() if not np.isnan(column).all()]
+            raise ValueError(
+                f"a column of an expression must have values, `{ast.unparse(node)}` has none. There are: {', '.join(there)}."
+            )
         return values
 
     def _number(self, node: ast.expr) -> float:

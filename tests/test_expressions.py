@@ -105,3 +105,11 @@ def test_a_cut_is_not_rounded_to_float32():
 def test_columns_must_agree():
     with pytest.raises(ValueError, match="columns of one length, got none or several"):
         CombinedFilter("a > 1").fit({"a": np.ones(2), "b": np.ones(3)})
+
+
+@pytest.mark.parametrize("expression", ["top(trust, 0.3)", "~(trust < 0)", "(loss > 0) - bottom(trust, 0.2)"])
+def test_a_column_without_values_says_nothing(expression):
+    columns = {"loss": np.ones(2), "trust": np.full(2, np.nan), "name": np.array(["a", "b"])}
+    with pytest.raises(ValueError, match=r"must have values, `trust` has none\. There are: loss\."):
+        CombinedFilter(expression).fit(columns)
+    assert CombinedFilter("(loss > 0) - known(trust)").fit_predict(columns).all()  # who asks knows
