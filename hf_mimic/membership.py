@@ -60,15 +60,18 @@ def membership(
     score, member = np.asarray(score, float), np.asarray(member, bool)
     if score.shape != member.shape or score.ndim != 1:
         raise ValueError(f"`score` and `member` must be (N,), got {score.shape} and {member.shape}.")
+    if permutations < 1:
+        raise ValueError(f"`permutations` must be at least 1, got {permutations}. Use 1000.")
     known = ~np.isnan(score)
     score, member = score[known], member[known]
     many, size = int(member.sum()), len(member)
     if not 0 < many < size:
         raise ValueError(f"membership needs members and others with a score, got {many} members of {size}.")
     ranks = rankdata(score)  # equal scores share a rank
-    highest = np.zeros(size, dtype=bool)
-    highest[np.argsort(-score, kind="stable")[:many]] = True
     generator = np.random.default_rng(seed)
+    mixed = generator.permutation(size)  # members often come first: a tie must not go to them for that
+    highest = np.zeros(size, dtype=bool)
+    highest[mixed[np.argsort(-score[mixed], kind="stable")[:many]]] = True
     null, overlap = [], []
     for _ in range(permutations):
         drawn = generator.choice(size, many, replace=False)

@@ -18,11 +18,11 @@ def drawn(apart, seed=0):
 @pytest.mark.parametrize("apart", [0.0, 0.5, 3.0])
 def test_numbers_are_scikit_learn_s(apart):
     score, member = drawn(apart)
+    top = np.isin(np.arange(N), np.argsort(-score)[: member.sum()])
+    assert membership(score, member).jaccard == pytest.approx(jaccard_score(member, top))
     score = np.round(score, 1)  # ties
     found = membership(score, member)
     assert found.auroc == pytest.approx(roc_auc_score(member, score))
-    top = np.isin(np.arange(N), np.argsort(-score, kind="stable")[: member.sum()])
-    assert found.jaccard == pytest.approx(jaccard_score(member, top))
     assert found.null_mean == pytest.approx(0.5, abs=0.01)
     n, m = N, int(member.sum())
     assert found.null_deviation == pytest.approx(np.sqrt((n + 1) / (12 * m * (n - m))), rel=0.1)  # Mann and Whitney's
@@ -86,3 +86,14 @@ def test_what_has_no_score_is_no_discovery():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_equal_scores_find_no_members_that_come_first():
+    found = membership(np.ones(N), np.arange(N) < 100)
+    assert found.auroc == 0.5
+    assert found.jaccard == pytest.approx(found.null_jaccard, abs=0.06)  # by the order of the rows it would be 1
+
+
+def test_a_null_distribution_needs_draws():
+    with pytest.raises(ValueError, match="`permutations` must be at least 1, got 0"):
+        membership(*drawn(0.3), permutations=0)
