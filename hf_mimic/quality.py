@@ -148,7 +148,12 @@ def compare_datasets(
     if not tables:
         raise ValueError("at least one data set must be given to compare, got none.")
     _check_same_pass(tables, by)
-    reports = {name: QualityReport.from_scores(table, level=level) for name, table in tables.items()}
+    reports = {}
+    for name, table in tables.items():
+        try:
+            reports[name] = QualityReport.from_scores(table, level=level)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def place(item: tuple[str, QualityReport]) -> tuple[bool, float]:
         value = getattr(item[1], by)

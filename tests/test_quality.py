@@ -124,3 +124,10 @@ def test_other_references_are_not_compared(tmp_path):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_which_data_set_has_no_scores_is_said():
+    empty = ScoreTable()
+    empty.record(np.arange(5), epoch=0, step=0)
+    with pytest.raises(ValueError, match="photographs: an ensemble must have a filter, got none"):
+        compare_datasets({"drawings": judged(0.2)[0], "photographs": empty})
