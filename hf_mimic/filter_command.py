@@ -42,7 +42,7 @@ def filter_data(options: FilterArguments) -> dict[str, Any]:
     given = load_rows(options.dataset, options.split)
     table = ScoreTable.load(options.scores)
     if {"mimic_score", "n_visits", "keep"} <= {*given.column_names}:  # of an earlier filter, not the user's own
-        earlier = [name for name in (*ATTACHED, "reason") if name in given.column_names]
+        earlier = _earlier(given.column_names)
         print(f"columns of an earlier filter are replaced: {', '.join(earlier)}")
         given = given.remove_columns(earlier)
     rows = identified(given, options.sample_id_column)
@@ -73,6 +73,15 @@ def filter_data(options: FilterArguments) -> dict[str, Any]:
         "rule": said,
         "written": options.output,
     }
+
+
+def _earlier(columns: list[str]) -> list[str]:
+    """Return the columns that an earlier filter put behind the user's own, which may have the same names."""
+    end = columns.index("keep") + 1
+    start = end - 1
+    while start and columns[start - 1] in ATTACHED[: ATTACHED.index(columns[start])]:  # always in this order
+        start -= 1
+    return columns[start:end] + [name for name in columns[end : end + 1] if name == "reason"]
 
 
 def decide(options: FilterArguments, table: ScoreTable) -> tuple[str, FilterResult]:

@@ -69,10 +69,10 @@ class ScoreTable:
         Raises:
             ValueError: If a row has no `sample_id`.
         """
-        if "sample_id" not in table.column_names or table["sample_id"].null_count:
-            raise ValueError(
-                "every row of a score table must have an integer `sample_id`, got rows without. Add them."
-            )
+        ids = table["sample_id"] if "sample_id" in table.column_names else None
+        if ids is None or ids.null_count or not (pa.types.is_integer(ids.type) or pa.types.is_floating(ids.type)):
+            got = f"{ids.type} ids" if ids is not None and not ids.null_count else "rows without"
+            raise ValueError(f"every row of a score table must have an integer `sample_id`, got {got}. Add them.")
         result = cls()
         columns = [
             table[n] if n in table.column_names else pa.nulls(len(table), SCHEMA.field(n).type) for n in SCHEMA.names

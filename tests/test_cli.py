@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import io
+import itertools
 import json
 
 import datasets
@@ -208,6 +209,22 @@ def test_rules_of_the_filter(tmp_path, capsys, rule, kept, said):
     rows = load_rows(str(tmp_path / "out.parquet"))
     assert sum(rows["keep"]) == kept
     assert all(rows["reason"])
+
+
+def test_filtering_again_keeps_columns_of_the_user(tmp_path, capsys):
+    scores, files = tmp_path / "scores", [str(tmp_path / f"{name}.parquet") for name in ("rows", "first", "second")]
+    table = ScoreTable(scores)
+    table.record(range(8), epoch=0, step=0, mimic_score=np.arange(8.0))
+    table.flush()
+    Dataset.from_dict({"reason": ["mine"] * 8, "clip_score": [0.3] * 8, "n": range(8)}).to_parquet(files[0])
+    for dataset, output in itertools.pairwise(files):
+        assert main(["filter", "--dataset", dataset, "--scores", str(scores), "--output", output, "--top", "0.5"]) == 0
+    assert "are replaced: mimic_score, n_visits, keep\n" in capsys.readouterr().out.replace(
+        "relative_weight, loss, ", ""
+    )
+    again = load_rows(files[2])
+    assert again["reason"][:] == ["mine"] * 4
+    assert again["clip_score"][:] == pytest.approx([0.3] * 4)
 
 
 def test_an_ensemble_of_several_scores(home, tmp_path, capsys):

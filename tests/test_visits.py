@@ -182,6 +182,8 @@ def test_rows_without_an_id():
     for rows in ({"loss": [1.0]}, {"sample_id": [1, None]}):
         with pytest.raises(ValueError, match="every row of a score table must have an integer `sample_id`, got rows"):
             ScoreTable.from_arrow(pa.table(rows))
+    with pytest.raises(ValueError, match="must have an integer `sample_id`, got string ids"):
+        ScoreTable.from_arrow(pa.table({"sample_id": ["a", "b"], "loss": [1.0, 2.0]}))
 
 
 def test_shards_of_an_earlier_version_lack_columns(tmp_path):
