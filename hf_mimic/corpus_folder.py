@@ -132,13 +132,16 @@ def open_folder(
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings of the pass in a folder, None if there are none."""
     try:
-        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / SETTINGS} must hold the settings of a scoring pass, it does not ({error})."
         ) from error
+    return found
 
 
 def summary(folder: str | Path) -> dict[str, str]:

@@ -5,7 +5,6 @@ Read `QualityReport.from_scores`, then `compare_datasets`. No clean label is use
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_mimic.checks import check_choice
+from hf_mimic.corpus_folder import read_settings
 from hf_mimic.ensembles import EnsembleFilter
 from hf_mimic.filters import TrustFilter
 from hf_mimic.scores import ScoreTable
@@ -75,6 +75,10 @@ class QualityReport:
             raise ValueError("a quality report must have scores, got an empty table. Train or score first.")
         if keep is not None and len(keep) != len(scores):
             raise ValueError(f"`keep` must have one value per scored sample, {len(scores)}, got {len(keep)}.")
+        if keep is not None and np.asarray(keep).dtype != bool:
+            raise ValueError(
+                f"`keep` must be booleans, got {np.asarray(keep).dtype}. Give what `predict` returned, not ids."
+            )
         right, evidence, found = _judged(table)
         mimic = scores["mimic_score"].to_numpy().astype(float)
         return cls(
@@ -169,10 +173,9 @@ def _check_same_pass(tables: Mapping[str, ScoreTable], by: str) -> None:
         wanted |= {"model": "model", "layers": "layers"}
     first: dict[str, tuple[str, Any]] = {}
     for name, table in tables.items():
-        path = None if table.folder is None else table.folder / "scoring.json"
-        if path is None or not path.is_file():
+        settings = None if table.folder is None else read_settings(table.folder)
+        if settings is None:
             continue
-        settings = json.loads(path.read_text(encoding="utf-8"))
         for word, key in wanted.items():
             if key not in settings:
                 continue

@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
     "filters": {"cuts", "scores", "trust", "two_groups", "votes"},
     "ensembles": {"checks", "cuts", "filters", "scores", "trust", "two_groups", "votes"},
     "expressions": {"cuts", "filters", "scores"},
-    "quality": {"checks", "ensembles", "filters", "scores"},
+    "quality": {"checks", "corpus_folder", "ensembles", "filters", "scores"},
     "membership": set(),
     # a corpus in shards
     "judge": {"files", "trust"},

@@ -131,3 +131,17 @@ def test_which_data_set_has_no_scores_is_said():
     empty.record(np.arange(5), epoch=0, step=0)
     with pytest.raises(ValueError, match="photographs: an ensemble must have a filter, got none"):
         compare_datasets({"drawings": judged(0.2)[0], "photographs": empty})
+
+
+def test_ids_are_no_decisions():
+    with pytest.raises(ValueError, match="`keep` must be booleans, got int64"):
+        QualityReport.from_scores(judged(0.2)[0], keep=np.arange(N))
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[1]"])
+def test_broken_settings_are_named(tmp_path, text):
+    table = ScoreTable(tmp_path)
+    table.record([0, 1], epoch=0, step=0, mimic_score=[1.0, 2.0])
+    (tmp_path / "scoring.json").write_text(text)
+    with pytest.raises(ValueError, match=r"scoring\.json must hold the settings of a scoring pass, it does not"):
+        compare_datasets({"a": table})
