@@ -123,7 +123,9 @@ def has_two_groups(values: np.ndarray, *, level: float = 0.02, seed: int = 0) ->
     from that estimate say how large: if hardly any of them (`level`) needs more smoothing, one mode is not enough.
 
     NOTE: groups that overlap so much that they leave no dent are not seen; 10 % wrong labels often are such. Half a
-    per cent of the values at each end is left out: a few stray values are no group.
+    per cent of the values at each end is left out: a few stray values are no group. The level holds for bell shapes and
+    for mildly skewed ones. More pass of flat ones (of 5,000 uniform values half), of very heavy tails, and of values that
+    are rounded to half a standard deviation.
 
     Args:
         values: (N,).

@@ -64,6 +64,10 @@ class DawidSkene(BaseEstimator):
     evidence counts `1 / sum_u r_uv` (at most 1), r being the correlation of two voters' errors under the current
     posterior: k copies of a voter count as one, independent voters as Dawid and Skene's.
 
+    NOTE: of voters that only resemble each other EM may believe the largest group, and then sees no mistakes that its
+    members share. Six voters that are 75 % right and four that are 90 % right, each repeating what its group says in
+    four of five cases, are together 76 % right; the majority is 84 %.
+
     Of more than 20,000 samples it learns from as many.
 
     Args:
@@ -109,6 +113,10 @@ class DawidSkene(BaseEstimator):
 
     def predict_proba(self, votes: np.ndarray) -> np.ndarray:
         """Return P(good | votes) (N,); the prior for a sample without votes."""
+        if np.ndim(votes) != 2 or np.shape(votes)[1] != len(self.weights_):
+            raise ValueError(
+                f"votes must be (N, {len(self.weights_)}), as in the fit, got {np.shape(votes)}. Fit again."
+            )
         found = np.empty(len(votes))
         dropped, kept = self._odds()
         for rows in blocks(len(votes)):

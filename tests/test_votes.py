@@ -125,3 +125,9 @@ def test_votes_are_counted():
     count, against = count_votes(np.array([[1, 0, NO], [0, 0, 0], [NO, NO, NO]]))
     assert count.tolist() == [2, 3, 0]
     assert against.tolist() == [1, 3, 0]
+
+
+def test_who_votes_must_be_who_was_learned():
+    model = DawidSkene().fit(np.ones((50, 4), np.int8))
+    with pytest.raises(ValueError, match=r"votes must be \(N, 4\), as in the fit, got \(2, 3\)"):
+        model.predict_proba(np.ones((2, 3), np.int8))
