@@ -40,8 +40,8 @@ def by_epoch(visits: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
         visits: Of a `ScoreTable`.
         column: One of its values; NaN where a sample has none in an epoch.
     """
-    rows = visits.filter(pa.compute.is_valid(visits[column]))
-    epochs, place = np.unique(rows["epoch"].to_numpy(), return_inverse=True)
+    rows = visits.filter(pa.compute.is_finite(visits[column]))
+    epochs, place = np.unique(rows["epoch"].fill_null(0).to_numpy(), return_inverse=True)
     shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _MOST_EPOCHS)).round().astype(int))
     ids, sample = np.unique(rows["sample_id"].to_numpy(), return_inverse=True)
     values, sums = rows[column].to_numpy().astype(float), []

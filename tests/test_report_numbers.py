@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from reports import NAMES, NAN, table_of
 from sklearn.metrics import cohen_kappa_score
@@ -40,6 +41,15 @@ def test_many_epochs_are_thinned_out_and_both_ends_stay():
     epochs, values = numbers.by_epoch(table_of([0.1, 0.2], epochs=40).to_arrow(), "mimic_score")
     assert (len(epochs), epochs[0], epochs[-1]) == (12, 0, 39)
     assert values.shape == (2, 12)
+
+
+def test_epochs_of_rows_from_elsewhere():
+    plain = ScoreTable.from_arrow(pa.table({"sample_id": [0, 1], "loss": [1.0, 2.0]}))
+    epochs, values = numbers.by_epoch(plain.to_arrow(), "loss")
+    assert (epochs.tolist(), values.tolist()) == ([0], [[1.0], [2.0]])  # all of one epoch, as `matrix` says
+    rows = {"sample_id": [0, 1, 0], "epoch": [0, 0, 1], "step": [0, 0, 1], "loss": [1.0, np.inf, np.nan]}
+    epochs, values = numbers.by_epoch(ScoreTable.from_arrow(pa.table(rows)).to_arrow(), "loss")
+    assert (epochs.tolist(), values.tolist()) == ([0], [[1.0]])  # what is not finite is no score
 
 
 def test_distributions_count_every_value():
