@@ -36,7 +36,7 @@ class EnsembleFilter(ScoreFilter):
 
     - "trust": from what the reference predicts. Its trust is where each sample starts, and half of what the votes say,
       learned from the trust by a logistic regression, is added: they judge by the same reference.
-    - "correlated": from the votes alone, by EM; voters that make the same mistakes share one voice.
+    - "correlated": from the votes alone, by EM; all epochs and filters of one column of one table share one voice.
     - "dawid_skene": the same, every voter taken for independent. "majority": all voters alike, a tie to the mean score.
 
     Args:
@@ -103,7 +103,7 @@ class EnsembleFilter(ScoreFilter):
         if self.vote_ == "trust":
             self._odds = self._learned(heard.votes, trust)
         elif self.vote_ not in ("majority", "nobody"):
-            self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes)
+            self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes, groups=self._groups())
         self.threshold_ = self.least
         if self.least == "f1":
             good = self._proba(sampled(heard.votes, 0), sampled(trust, 0))  # the same samples: one seed
@@ -123,8 +123,7 @@ class EnsembleFilter(ScoreFilter):
             raise ValueError(
                 f"the tables must have the names of the fit, {[*wanted]}, got {[*tables]}. Name them alike."
             )
-        columns, score = [], np.zeros(len(ids))
-        self.voters_: list[str] = []
+        columns, score, self.voters_ = [], np.zeros(len(ids)), []
         self._owner: list[int] = []  # the filter of each voter
         for place, name, model in self.filters_:
             heard = model.votes(tables[place])
@@ -136,10 +135,9 @@ class EnsembleFilter(ScoreFilter):
             columns.append(votes)
             score[rows] += heard.score / max(float(np.std(sampled(heard.score, 0))), 1e-12)
             prefix = f"{place}/{name}" if place else name
-            self.voters_ += (
-                [prefix] if votes.shape[1] == 1 else [f"{prefix}/{epoch}" for epoch in range(votes.shape[1])]
-            )
-            self._owner += [len(columns)] * votes.shape[1]
+            voters = votes.shape[1]
+            self.voters_ += [prefix] if voters == 1 else [f"{prefix}/{epoch}" for epoch in range(voters)]
+            self._owner += [len(columns) - 1] * voters
         return Votes(ids, np.concatenate([votes.T for votes in columns]).T, score)  # a voter after the other in memory
 
     def predict_proba(self, scores: Tables) -> np.ndarray:
@@ -166,6 +164,11 @@ class EnsembleFilter(ScoreFilter):
         said = f"{against} of {count} votes against" if count else "no votes"
         learned = self._odds is not None or (self._model is not None and count)
         return f"{said}; probably {'good' if keep else 'bad'}" if learned else said
+
+    def _groups(self) -> np.ndarray:
+        """Return which voters judge by the same column of the same table (V,)."""
+        seen = [f"{place}/{getattr(model, 'column_', name)}" for place, name, model in self.filters_]
+        return np.unique(seen, return_inverse=True)[1][self._owner]
 
     def _way(self, voters: int, trust: np.ndarray) -> str:
         """Return how this ensemble decides, given what there is."""

@@ -65,6 +65,23 @@ def test_what_is_learned_from_the_trust_helps(apart, share):
     assert errors(model.predict(table), good) < share * errors(trust >= most_f1(trust), good)
 
 
+@pytest.mark.parametrize("informative", ["mimic_score", "loss"])
+def test_every_filter_is_heard_beside_the_trust(informative):
+    """The first and the last of them, too."""
+    good = drawn(0)[1]
+    generator = np.random.default_rng(5)
+    trust = np.clip(np.where(good, 0.6, 0.4) + 0.15 * generator.normal(size=N), 0.01, 0.99)
+    table = ScoreTable()
+    told = np.where(good, 2.0, -2.0) + generator.normal(size=N)
+    noise = generator.normal(size=N)
+    values = (
+        {"mimic_score": told, "loss": noise} if informative == "mimic_score" else {"mimic_score": noise, "loss": -told}
+    )
+    table.record(np.arange(N), epoch=0, step=0, ref_trust=trust, **values)
+    members = [(name, TwoMeansFilter(name, check=False)) for name in ("mimic_score", "loss")]
+    assert errors(EnsembleFilter(members).fit_predict(table), good) < 0.9 * errors(trust >= most_f1(trust), good)
+
+
 def test_nobody_sees_two_groups():
     table, _ = drawn(0, apart=0.0)
     with pytest.warns(UserWarning, match="no filter of the ensemble sees evidence of two groups: everything is kept"):

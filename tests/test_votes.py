@@ -94,6 +94,26 @@ def test_copies_of_a_voter_count_as_one(copies):
     assert ((together == truth).mean() > (independent == truth).mean() + 0.05) or copies == 2
 
 
+@pytest.mark.parametrize("repeats", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("sizes", [(6, 3, 3), (9, 3, 2)])
+def test_groups_have_one_voice_each(repeats, sizes):
+    """Each voter repeats what its group says, or draws anew; the largest group is the worst."""
+    generator, columns, truth = np.random.default_rng(0), [], drawn(0, [0.5], n=8_000)[1]
+    for size, rate in zip(sizes, (0.7, 0.8, 0.9), strict=True):
+        voice = np.where(generator.random(8_000) < rate, truth, ~truth)
+        for _ in range(size):
+            own = np.where(generator.random(8_000) < rate, truth, ~truth)
+            columns.append(np.where(generator.random(8_000) < repeats, voice, own))
+    votes, groups = np.stack(columns, 1).astype(int), np.repeat([0, 1, 2], sizes)
+    right = (DawidSkene().fit(votes, groups=groups).predict_proba(votes) > 0.5) == truth
+    assert right.mean() > 0.88
+    assert right.mean() > (majority(votes) == truth).mean() - 0.02
+    estimated = (DawidSkene().fit(votes).predict_proba(votes) > 0.5) == truth  # the control: without the groups
+    assert estimated.mean() < right.mean() or repeats == 0.5
+    with pytest.raises(ValueError, match=f"`groups` must have one per voter, {sum(sizes)}, got"):
+        DawidSkene().fit(votes, groups=np.zeros(2, int))
+
+
 def test_independent_voters_keep_their_weight():
     votes, _ = drawn(2, [0.9, 0.85, 0.8, 0.75], n=20_000)
     assert DawidSkene().fit(votes).weights_.min() > 0.85
