@@ -195,7 +195,7 @@ def _epochs(rows: Rows, table: ScoreTable | None, missing: dict[str, str]) -> di
     if table is None or name is None:
         missing["epochs"] = "Scores that are columns have no epochs: give the folder of the score table."
         return {"epochs": None, "drift": None, "by_epoch_of": name}
-    epochs, values = by_epoch(table.to_arrow(), name)
+    epochs, values = by_epoch(table.matrix(name))
     return {"epochs": distributions(epochs, values), "drift": drift(epochs, values), "by_epoch_of": name}
 
 

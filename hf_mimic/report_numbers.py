@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from scipy.stats import rankdata
+
+from hf_mimic.visits import ScoreMatrix
 
 _MOST_EPOCHS = 12
 _RANKED = 100_000  # rows that a rank correlation looks at
@@ -33,24 +34,16 @@ def summary(score: np.ndarray) -> dict[str, Any]:
     return {"rows": len(score), "scored": len(known), **named, "quantiles": quantiles}
 
 
-def by_epoch(visits: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the epochs (T,), at most 12 of them, evenly spaced, and each sample's mean value in each (S, T).
+def by_epoch(matrix: ScoreMatrix) -> tuple[np.ndarray, np.ndarray]:
+    """Return the epochs (T,), at most 12 of those with a score, evenly spaced, and the scores (S, T) of who has one.
 
     Args:
-        visits: Of a `ScoreTable`.
-        column: One of its values; NaN where a sample has none in an epoch.
+        matrix: Of a `ScoreTable`.
     """
-    rows = visits.filter(pa.compute.is_finite(visits[column]))
-    epochs, place = np.unique(rows["epoch"].fill_null(0).to_numpy(), return_inverse=True)
-    shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _MOST_EPOCHS)).round().astype(int))
-    ids, sample = np.unique(rows["sample_id"].to_numpy(), return_inverse=True)
-    values, sums = rows[column].to_numpy().astype(float), []
-    for epoch in shown:
-        here = place == epoch
-        count = np.bincount(sample[here], minlength=len(ids))
-        total = np.bincount(sample[here], values[here], minlength=len(ids))
-        sums.append(np.where(count > 0, total / np.maximum(count, 1), math.nan))
-    return epochs[shown] if len(epochs) else epochs, np.stack(sums, 1) if sums else np.zeros((len(ids), 0))
+    known = np.isfinite(matrix.values)
+    epochs = np.flatnonzero(known.any(0))
+    shown = epochs[np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _MOST_EPOCHS)).round().astype(int))]
+    return matrix.epochs[shown], matrix.values[np.ix_(known.any(1), shown)].astype(float)
 
 
 def distributions(epochs: np.ndarray, values: np.ndarray, bins: int = 60) -> dict[str, Any]:

@@ -171,7 +171,7 @@ ARROWS: dict[str, set[str]] = {
     # a report
     "thumbnails": {"images"},
     "neighbours": set(),
-    "report_numbers": set(),
+    "report_numbers": {"visits"},
     "report_sampling": set(),
     "report_rows": {"checks", "data", "pairs", "report_options", "scores", "trust"},
     "report_options": set(),

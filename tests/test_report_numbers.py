@@ -29,7 +29,7 @@ def test_values_by_epoch_against_a_dictionary():
         table.record(ids, epoch=step // 4, step=step, mimic_score=scores)
         for i, score in zip(ids, scores, strict=True):
             seen.setdefault((int(i), step // 4), []).append(float(score))
-    epochs, values = numbers.by_epoch(table.to_arrow(), "mimic_score")
+    epochs, values = numbers.by_epoch(table.matrix("mimic_score"))
     assert epochs.tolist() == [0, 1, 2]
     ids = sorted({i for i, _ in seen})
     slow = [[np.mean(seen[i, e]) if (i, e) in seen else NAN for e in range(3)] for i in ids]
@@ -38,17 +38,17 @@ def test_values_by_epoch_against_a_dictionary():
 
 
 def test_many_epochs_are_thinned_out_and_both_ends_stay():
-    epochs, values = numbers.by_epoch(table_of([0.1, 0.2], epochs=40).to_arrow(), "mimic_score")
+    epochs, values = numbers.by_epoch(table_of([0.1, 0.2], epochs=40).matrix("mimic_score"))
     assert (len(epochs), epochs[0], epochs[-1]) == (12, 0, 39)
     assert values.shape == (2, 12)
 
 
 def test_epochs_of_rows_from_elsewhere():
     plain = ScoreTable.from_arrow(pa.table({"sample_id": [0, 1], "loss": [1.0, 2.0]}))
-    epochs, values = numbers.by_epoch(plain.to_arrow(), "loss")
+    epochs, values = numbers.by_epoch(plain.matrix("loss"))
     assert (epochs.tolist(), values.tolist()) == ([0], [[1.0], [2.0]])  # all of one epoch, as `matrix` says
     rows = {"sample_id": [0, 1, 0], "epoch": [0, 0, 1], "step": [0, 0, 1], "loss": [1.0, np.inf, np.nan]}
-    epochs, values = numbers.by_epoch(ScoreTable.from_arrow(pa.table(rows)).to_arrow(), "loss")
+    epochs, values = numbers.by_epoch(ScoreTable.from_arrow(pa.table(rows)).matrix("loss"))
     assert (epochs.tolist(), values.tolist()) == ([0], [[1.0]])  # what is not finite is no score
 
 
