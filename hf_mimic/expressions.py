@@ -69,8 +69,7 @@ class CombinedFilter(ScoreFilter):
 
     def predict(self, scores: ScoreTable | pa.Table | Columns) -> np.ndarray:
         """Return what to keep, booleans (N,)."""
-        reader = _Reader(self.expression, _columns(scores)[0])
-        return reader.read(reader.tree)
+        return _Reader(self.expression, _columns(scores)[0]).read_all()
 
     def fit_predict(self, scores: ScoreTable | pa.Table | Columns, y: Any = None) -> np.ndarray:
         """Return what to keep, booleans (N,)."""
@@ -85,7 +84,7 @@ class CombinedFilter(ScoreFilter):
         """Return what is kept, what is dropped, and by which part of the expression."""
         columns, ids = _columns(scores)
         reader = _Reader(self.expression, columns)
-        keep = reader.read(reader.tree)
+        keep = reader.read_all()
         code, reasons = np.zeros(len(keep), dtype=np.int32), [f"in {ast.unparse(reader.tree)}"]
         code[~keep] = -1
         for part, wanted in _parts(reader.tree, True):
@@ -119,6 +118,13 @@ class _Reader:
             raise ValueError(
                 f"`expression` must be readable, got {str(expression)[:200]!r} ({error}). {_GRAMMAR}"
             ) from error
+
+    def read_all(self) -> np.ndarray:
+        """Return the set of the whole expression."""
+        try:
+            return self.read(self.tree)
+        except RecursionError as error:
+            raise ValueError("`expression` must not be nested so deeply. Use fewer brackets.") from error
 
     def read(self, node: ast.expr) -> np.ndarray:
         """Return a set of samples, booleans (N,)."""

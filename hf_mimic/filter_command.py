@@ -58,7 +58,7 @@ def filter_data(options: FilterArguments) -> dict[str, Any]:
     decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
     kept = np.asarray(decided.fill_null(not options.drop_unscored))
     if not kept.any():
-        raise ValueError("at least one row must be kept, got none. Lower --min_trust, --threshold or --min_score.")
+        raise ValueError("at least one row must be kept, got none. Choose a rule that keeps more.")
     if options.keep_all:
         curated = _with_reasons(scored, result, options.sample_id_column)
     else:

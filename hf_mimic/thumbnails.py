@@ -61,9 +61,7 @@ def make_thumbnails(dataset: Dataset, rows: np.ndarray, column: str = "image", *
             continue
         try:
             picture = small_rgb(cell, size)
-        except (
-            Exception
-        ) as error:  # PIL's readers raise whatever they like on broken files; a report must not end there
+        except Exception as error:  # readers raise what they like on broken files; a report must not end there
             result.broken[row] = type(error).__name__
             continue
         result.data[row] = _encoded(picture)

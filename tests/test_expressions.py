@@ -102,6 +102,11 @@ def test_a_cut_is_not_rounded_to_float32():
     assert CombinedFilter("trust > 0.1").fit_predict(values).tolist() == [True, True]  # 0.1 in float32 is above 0.1
 
 
+def test_a_deep_expression_is_refused():
+    with pytest.raises(ValueError, match=r"must not be nested so deeply|must be readable"):
+        CombinedFilter("~" * 3_000 + "(loss < 1)").fit(C)
+
+
 def test_columns_must_agree():
     with pytest.raises(ValueError, match="columns of one length, got none or several"):
         CombinedFilter("a > 1").fit({"a": np.ones(2), "b": np.ones(3)})
