@@ -42,7 +42,7 @@ class EnsembleFilter(ScoreFilter):
     Args:
         filters: (name, filter) pairs; None takes two means and a mixture on mimic score, CLIPScore and loss; where there
             is no trust, with a check for two groups.
-        vote: One of these; "auto" takes the trust where the reference was run, else "correlated".
+        vote: One of these; "auto" takes the trust if there is one, else "correlated" if three columns vote, else majority.
         least: Keep from this P(good) on; "f1" takes the one with the highest expected F1 of finding the bad samples.
 
     References:
@@ -95,9 +95,9 @@ class EnsembleFilter(ScoreFilter):
                 "an ensemble must have a filter, got none: the tables have no scores. Train or score first."
             )
         heard = self.votes(scores)
-        voters = int((heard.votes != ABSTAINS).any(0).sum())
+        voices = len(np.unique(self._groups()[(heard.votes != ABSTAINS).any(0)]))
         trust = _trust(scores, heard.sample_id)
-        self.vote_ = self._way(voters, trust)
+        self.vote_ = self._way(voices, trust)
         self._odds: Callable[[np.ndarray], np.ndarray] | None = None
         self._model: DawidSkene | None = None
         if self.vote_ == "trust":
@@ -170,7 +170,7 @@ class EnsembleFilter(ScoreFilter):
         seen = [f"{place}/{getattr(model, 'column_', name)}" for place, name, model in self.filters_]
         return np.unique(seen, return_inverse=True)[1][self._owner]
 
-    def _way(self, voters: int, trust: np.ndarray) -> str:
+    def _way(self, voices: int, trust: np.ndarray) -> str:
         """Return how this ensemble decides, given what there is."""
         known = bool(np.isfinite(trust).any())
         if self.vote == "trust" and not known:
@@ -180,11 +180,11 @@ class EnsembleFilter(ScoreFilter):
             )
         if known and self.vote in ("auto", "trust"):
             return "trust"
-        if not voters:
+        if not voices:
             warnings.warn("no filter of the ensemble sees evidence of two groups: everything is kept.")
             return "nobody"
         if self.vote == "auto":
-            return "correlated" if voters >= FEWEST else "majority"
+            return "correlated" if voices >= FEWEST else "majority"
         return self.vote
 
     def _learned(self, votes: np.ndarray, trust: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:

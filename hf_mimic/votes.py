@@ -91,19 +91,19 @@ class DawidSkene(BaseEstimator):
             groups: Of voters that judge by the same thing, integers from 0 (V,); used with `correlated=True`.
 
         Raises:
-            ValueError: If fewer than three vote: from two one cannot tell who is right; or groups are not (V,).
+            ValueError: If fewer than three (or groups) vote: from two one cannot tell who is right; or groups are not (V,).
         """
         kinds, _, counts = patterns(sampled(votes, self.seed, _LEARNED))
         present = ~np.isnan(kinds)
-        if present.any(0).sum() < FEWEST:
-            raise ValueError(
-                f"at least {FEWEST} voters must vote, got {present.any(0).sum()} that do not abstain. Use `majority`."
-            )
+        if groups is not None and np.shape(groups) != (kinds.shape[1],):
+            raise ValueError(f"`groups` must have one per voter, {kinds.shape[1]}, got {np.shape(groups)}.")
+        voting = np.flatnonzero(present.any(0))
+        voices = len(voting) if groups is None or not self.correlated else len(np.unique(np.asarray(groups)[voting]))
+        if voices < FEWEST:
+            raise ValueError(f"at least {FEWEST} voters must vote, got {voices} that do not abstain. Use `majority`.")
         self.weights_ = np.ones(kinds.shape[1])
         estimated = self.correlated and groups is None
         if self.correlated and groups is not None:
-            if np.shape(groups) != (kinds.shape[1],):
-                raise ValueError(f"`groups` must have one per voter, {kinds.shape[1]}, got {np.shape(groups)}.")
             self.weights_ = 1 / np.bincount(groups)[groups]
         if estimated:  # copies must not decide where EM starts; only they correlate by almost 1
             share = np.nansum(counts[:, None] * kinds, 0) / np.maximum(counts @ present, 1)

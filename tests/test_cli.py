@@ -180,7 +180,7 @@ def test_score_then_filter(home, tmp_path, capsys):
         (["--filter", "two_means"], 64, "mimic_score, cut at "),
         (["--filter", "mixture", "--column", "loss"], 64, "loss, cut at 1."),
         (["--filter", "threshold"], 64, "relative weight >= 1 in most epochs"),
-        (["--filter", "ensemble"], 64, "8 votes (correlated), P(good) >= "),
+        (["--filter", "ensemble"], 64, "8 votes (majority), P(good) >= "),
         (["--top", "0.25"], 24, "the best 25.0% by mimic_score (>= "),
         (
             ["--expression", "top(mimic_score, 0.5) - bottom(loss, 0.9)"],

@@ -103,7 +103,7 @@ def test_a_sample_without_scores_is_kept_and_ids_are_joined():
     assert result.keep[-1]
     assert result.reason[-1] == "no votes"
     assert errors(result.keep[:-1], good) < 30
-    assert "6 of 6 votes against; probably bad" in result.reasons
+    assert "6 of 6 votes against" in result.reasons
 
 
 def test_few_voters_decide_by_majority():
@@ -127,7 +127,7 @@ def test_filters_of_all_kinds_vote():
     good = drawn(0)[1]
     table, _ = drawn(1, trust=np.where(good, 0.9, 0.2))
     members = [("trust", TrustFilter()), ("two_means", TwoMeansFilter(over="mean")), ("mixture", MixtureFilter())]
-    model = EnsembleFilter(members, vote="correlated").fit(table)
+    model = EnsembleFilter(members, vote="dawid_skene").fit(table)
     assert model.voters_ == ["trust", "two_means", "mixture/0", "mixture/1", "mixture/2"]
     assert errors(model.predict(table), good) < 10
 
@@ -157,7 +157,8 @@ def test_it_is_an_estimator():
     assert clone(model).get_params()["least"] == 0.3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert EnsembleFilter().fit(drawn(0)[0]).vote_ == "correlated"
+        assert EnsembleFilter().fit(drawn(0)[0]).vote_ == "majority"  # one column: nobody to tell who is right
+        assert EnsembleFilter().fit({f"layer {k}": drawn(k)[0] for k in range(3)}).vote_ == "correlated"
 
 
 def test_a_sample_without_a_trust_is_not_voted_out():

@@ -106,7 +106,7 @@ def clean_run(kind: str, seed: int, data: Path, cache: Path) -> dict[str, float]
         "two means without a check": TwoMeansFilter(check=False).fit_predict(tables["mimic, head"]),
         "two means": TwoMeansFilter().fit_predict(tables["mimic, head"]),
         "GMM": MixtureFilter().fit_predict(tables["mimic, head"]),
-        "ensemble of votes": EnsembleFilter(vote="correlated").fit_predict(tables["mimic, head"]),
+        "ensemble of votes": EnsembleFilter().fit_predict(tables["mimic, head"]),
         "trust filter": TrustFilter().fit_predict(tables["default"]),
         "ensemble": EnsembleFilter().fit_predict(tables["default"]),
     }
