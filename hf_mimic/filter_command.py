@@ -12,7 +12,7 @@ import pyarrow as pa
 from hf_mimic.checks import check_choice
 from hf_mimic.command_arguments import FilterArguments
 from hf_mimic.cuts import FilterResult, ScoreFilter
-from hf_mimic.data import load_rows
+from hf_mimic.data import load_rows, read_sample_ids
 from hf_mimic.ensembles import EnsembleFilter
 from hf_mimic.expressions import CombinedFilter
 from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter, default_filter
@@ -137,7 +137,7 @@ def _with_reasons(rows: Dataset, result: FilterResult, sample_id_column: str) ->
     """Return the rows with the column `reason`: why each one is kept or not, null without a score."""
     if "reason" in rows.column_names:
         raise ValueError("the data set must not have the column reason yet. Rename it, or leave --keep_all out.")
-    ids = np.asarray(rows.select_columns(sample_id_column).with_format("arrow")[:][sample_id_column])
+    ids = read_sample_ids(rows, sample_id_column)
     place = np.searchsorted(result.sample_id, ids).clip(max=len(result) - 1)
     code = pa.array(result.code[place], mask=result.sample_id[place] != ids)
     return rows.add_column("reason", pa.array(result.reasons).take(code))

@@ -127,8 +127,9 @@ def _judged(table: ScoreTable) -> tuple[np.ndarray, str, np.ndarray]:
         return trust, "trust", TrustFilter().fit_predict(table)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nobody sees two groups is said by "none"
-        votes = EnsembleFilter(vote="auto").fit(table)
-        right, keep = votes.predict_proba(table), votes.predict(table)
+        votes = EnsembleFilter()
+        keep = votes.fit_predict(table)
+        right = votes.predict_proba(table)
     return right, "votes" if np.isfinite(right).any() else "none", keep
 
 

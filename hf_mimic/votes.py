@@ -97,14 +97,12 @@ class DawidSkene(BaseEstimator):
         present = ~np.isnan(kinds)
         if groups is not None and np.shape(groups) != (kinds.shape[1],):
             raise ValueError(f"`groups` must have one per voter, {kinds.shape[1]}, got {np.shape(groups)}.")
-        voting = np.flatnonzero(present.any(0))
-        voices = len(voting) if groups is None or not self.correlated else len(np.unique(np.asarray(groups)[voting]))
+        estimated = self.correlated and groups is None
+        own = np.arange(kinds.shape[1]) if groups is None or not self.correlated else np.asarray(groups)
+        voices = len(np.unique(own[present.any(0)]))
         if voices < FEWEST:
             raise ValueError(f"at least {FEWEST} voters must vote, got {voices} that do not abstain. Use `majority`.")
-        self.weights_ = np.ones(kinds.shape[1])
-        estimated = self.correlated and groups is None
-        if self.correlated and groups is not None:
-            self.weights_ = 1 / np.bincount(groups)[groups]
+        self.weights_ = 1 / np.bincount(own)[own]
         if estimated:  # copies must not decide where EM starts; only they correlate by almost 1
             share = np.nansum(counts[:, None] * kinds, 0) / np.maximum(counts @ present, 1)
             self.weights_ = _own(_correlation(kinds, [(counts, share)]) ** 4)
