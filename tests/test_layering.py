@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "contrastive": {"forward_ad", "losses"},
     "mimic": {"base_model", "checks", "forward_ad", "layers", "losses", "reference", "sharding"},
     "files": set(),
+    "hub_errors": set(),
     "trust": set(),
     "base_model": {"layers", "reference"},
     "heads": {"layers", "reference"},
