@@ -46,6 +46,9 @@ ARROWS: dict[str, set[str]] = {
     "expressions": {"cuts", "filters", "scores"},
     "quality": {"checks", "corpus_folder", "ensembles", "filters", "scores"},
     "membership": set(),
+    # what is said of a run and a selection, on the Hub
+    "run_record": {"checks", "corpus_folder", "files"},
+    "selection_record": {"run_record"},
     # a corpus in shards
     "judge": {"files", "trust"},
     "processes": set(),
