@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import types
 
 from hub import Hub
 
@@ -42,6 +43,16 @@ def _seed() -> None:
 
 @pytest.fixture
 def hub() -> Hub:
-    """Return the Hub with an empty request log; use a repo name of your own."""
+    """Return the Hub with an empty request log, no faults and no settings; use a repo name of your own."""
     HUB.clear_log()
     return HUB
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Spare huggingface_hub its waits before it tries again; return how long they would have been, in seconds."""
+    waited: list[float] = []
+    clock = types.SimpleNamespace(sleep=waited.append)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
+    monkeypatch.setattr("huggingface_hub.file_download.time", clock)
+    return waited

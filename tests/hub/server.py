@@ -1,60 +1,43 @@
-"""The Hub's HTTP interface, as far as reading needs it; to add a route, write a function and list it in `ROUTES`.
-
-A route takes (hub, request, *groups of its pattern) and returns a `Response`. `hub.log` has every request in order.
-"""
+"""The Hub itself: an HTTP server, its log and what tests ask of it; the routes are in the modules imported here."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import secrets
+import socket
+import struct
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub.store import Commit, Repo, content_id, is_lfs
+from hub import accounts, cards, discussions, reading, writing  # noqa: F401  (they fill ROUTES)
+from hub.access import ROLES, Token, caller
+from hub.faults import Fault
+from hub.store import Commit, Repo
+from hub.wire import ROUTES, Refused, Request, Response, as_json, failure
 
-
-@dataclass
-class Request:
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    body: bytes
-    status: int = 0
-
-
-@dataclass
-class Response:
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-def as_json(value: Any, status: int = 200) -> Response:
-    return Response(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-
-def failure(status: int, code: str, message: str, **headers: str) -> Response:
-    response = as_json({"error": message}, status)
-    response.headers.update({"X-Error-Code": code, "X-Error-Message": message, **headers})
-    return response
+__all__ = ["Hub", "Request", "Response", "as_json", "failure"]
 
 
 class Hub:
-    """The server: `with Hub() as hub`, then `hub.url`, `hub.create("user/name")`, `hub.log`."""
+    """The server: `with Hub() as hub`, then `hub.url`, `hub.create("user/name")`, `hub.token("user")`, `hub.log`."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.moved: dict[tuple[str, str], str] = {}
+        self.tokens: dict[str, Token] = {}
+        self.parts: dict[tuple[str, int], bytes] = {}  # of LFS files on their way, by sha256 and number
         self.log: list[Request] = []
-        self.faults: list[Callable[[Request], Response | None]] = []  # the first answer that is not None is sent
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self.faults: list[Fault | Callable[[Request], Response | None]] = []  # the first that strikes answers
+        self.lock = threading.RLock()
+        self._servers: list[_Server] = []
+        self.url = self._serve()
+        self.clear_log()
 
     def __enter__(self) -> Hub:
         return self
@@ -62,143 +45,190 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def _serve(self) -> str:
+        server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
 
-    def create(self, repo_id: str, kind: str = "models") -> Repo:
-        """Create an empty repo, or return the one that is there."""
-        return self.repos.setdefault((kind, repo_id), Repo(repo_id, kind))
+    def other_origin(self) -> str:
+        """Return the address of a second server, started at the first call, for what is kept outside of the Hub."""
+        if len(self._servers) == 1:
+            self._storage = self._serve()
+        return self._storage
+
+    def close(self) -> None:
+        """Stop: open connections are dropped, later ones refused."""
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+            server.drop()
 
     def clear_log(self) -> None:
+        """Forget requests and faults, and set the settings back; repos and tokens stay."""
         self.log.clear()
         self.faults.clear()
+        self.login_required = False  # True: nothing is read without a token either
+        self.page_size = 1000  # entries of a tree or commits in one answer
+        self.part_size = 2**30  # bytes; a larger LFS file is sent in parts of this size
+        self.lfs_elsewhere = False  # True: LFS files are read by a 302 to a second origin
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    def create(self, repo_id: str, kind: str = "models", **options: Any) -> Repo:
+        """Create an empty repo (`private`, `gated` and `allowed` are for `Repo`), or return the one that is there."""
+        if (kind, repo_id) not in self.repos:
+            self.repos[kind, repo_id] = Repo(repo_id, kind, **options)
+        return self.repos[kind, repo_id]
+
+    def repo(self, repo_id: str, kind: str | None = None) -> Repo:
+        """Return a repo that is there, of whatever kind."""
+        found = [r for (k, name), r in self.repos.items() if name == repo_id and kind in (None, k)]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} repos are called {repo_id!r}; say which kind: models, datasets or spaces")
+        return found[0]
+
+    def token(self, user: str, role: str = "write", *, orgs: Sequence[str] = (), repos: Sequence[str] = ()) -> str:
+        """Return a new token; a fine-grained one may write to `repos` only. `del hub.tokens[token]` revokes it."""
+        if role not in ROLES:
+            raise ValueError(f"`role` must be one of {ROLES}, got {role!r}")
+        token = Token(f"hf_{secrets.token_hex(17)}", user, role, tuple(orgs), tuple(repos))
+        self.tokens[token.value] = token
+        return token.value
+
+    def fail(self, method: str | None, pattern: str, **options: Any) -> Fault:
+        """Make requests fail: method (None for all) and a regular expression found in path?query, percent-encoded.
+
+        Options: times=1 (None for ever), skip=0 (so many are let pass first), status, headers, body; reset=True (RST,
+        no answer); truncate=N (N bytes of the body, then FIN); delay=seconds; corrupt=True (right size, wrong bytes);
+        call=function of the request, whose answer is sent unless it is None, so that it may do something else, too.
+        The request has no effect if it is answered by status, reset or call; with after=True it has: only the answer
+        is lost. Returns the fault: `hits` counts the requests that it struck.
+        """
+        fault = Fault(method, pattern, **options)
+        self.faults.append(fault)
+        return fault
+
+    # ---- what happened -------------------------------------------------------------------------------------------
+
+    def requests(self, method: str | None = None, pattern: str = "") -> list[Request]:
+        """Return the requests of a method whose path?query matches, in order."""
+        return [r for r in list(self.log) if method in (None, r.method) and re.search(pattern, r.target)]
+
+    def commits(self, repo_id: str, kind: str | None = None, revision: str = "main") -> list[Commit]:
+        """Return the commits of a branch, oldest first; the first is made with the repo."""
+        repo = self.repo(repo_id, kind)
+        return repo.history(repo.resolve(revision))[::-1]
 
     def downloads(self, repo_id: str) -> list[str]:
         """Return the paths of one repo whose contents were sent, in order."""
-        found = [
-            re.fullmatch(rf"/(?:datasets/|spaces/)?{re.escape(repo_id)}/resolve/[^/]+/(.+)", r.path) for r in self.log
-        ]
-        return [
-            m.group(1)
-            for m, r in zip(found, self.log, strict=True)
-            if m and r.method == "GET" and r.status in (200, 206)
-        ]
+        pattern = rf"/(?:datasets/|spaces/)?{re.escape(repo_id)}/resolve/[^/]+/(.+)"
+        found = [(r, re.fullmatch(pattern, r.path)) for r in self.requests("GET")]
+        return [unquote(m[1]) for r, m in found if m and r.status in (200, 206, 302)]
+
+    def uploads(self, repo_id: str, kind: str | None = None) -> list[str]:
+        """Return what was sent to a repo, in order: paths, or the sha256 of LFS files that were never committed."""
+        repo = self.repo(repo_id, kind)
+        paths = {c.sha256: p for commit in list(repo.commits.values()) for p, c in commit.files.items()}
+        return [paths.get(name, name) for r in list(self.log) if r.status == 200 for name in writing.sent(r, repo)]
+
+    # ---- answering -----------------------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> Response:
-        for fault in self.faults:
-            response = fault(request)
-            if response is not None:
-                return response
-        for methods, pattern, route in ROUTES:
-            match = re.fullmatch(pattern, request.path)
-            if match and request.method in methods:
-                return route(self, request, *(None if g is None else unquote(g) for g in match.groups()))
+        """Return the answer to a request, perhaps that of a fault."""
+        for fault in list(self.faults):
+            if not isinstance(fault, Fault):
+                response = fault(request)
+                if response is not None:
+                    return response
+                continue
+            with self.lock:
+                strikes = fault.strikes(request)
+            if strikes:
+                return fault.apply(request, self._act)
+        return self._act(request)
+
+    def _act(self, request: Request) -> Response:
+        """Do what a request asks; one at a time, so that a commit sees the head that it moves."""
+        try:
+            with self.lock:
+                caller(self, request)
+                for methods, pattern, route in ROUTES:
+                    match = re.fullmatch(pattern, request.path)
+                    if match and request.method in methods:
+                        return route(self, request, *(None if g is None else unquote(g) for g in match.groups()))
+        except Refused as refused:
+            return refused.response
+        except Exception:
+            # NOTE: a dropped connection would be tried again for a minute, and hide the error.
+            return Response(500, traceback.format_exc().encode(), {"Content-Type": "text/plain"})
         return as_json({"error": f"no route for {request.method} {request.path}"}, 404)
 
-    def find(self, kind: str, repo_id: str, revision: str | None) -> tuple[Repo, Commit] | Response:
-        """Return a repo and its commit, or the answer that says which of the two is missing."""
-        repo = self.repos.get((kind, repo_id))
-        if repo is None:
-            return failure(404, "RepoNotFound", "Repository not found")
-        commit = repo.resolve(revision or "main")
-        if commit is None:
-            return failure(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return repo, commit
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *args: Any) -> None:
+        self.open: set[socket.socket] = set()
+        super().__init__(*args)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def drop(self) -> None:
+        """Close the connections that are kept alive."""
+        for connection in list(self.open):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the client was faster
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay quiet: what reaches this is a client that went away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"  # keep-alive, as the clients expect
+    disable_nagle_algorithm = True
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {key.lower(): value for key, value in self.headers.items()}
-        request = Request(self.command, url.path, parse_qs(url.query), headers, body)
+        query = parse_qs(url.query, keep_blank_values=True)
+        request = Request(self.command, url.path, query, headers, body, 0, time.monotonic(), self.path)
+        self.hub.log.append(request)
         response = self.hub.answer(request)
         request.status = response.status
-        self.hub.log.append(request)
+        if response.reset:
+            self._reset()
+        else:
+            self._send(response)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _send(self, response: Response) -> None:
         self.send_response(response.status)
         for key, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            self.wfile.write(response.body[: response.truncate])
+            self.close_connection |= response.truncate is not None
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+    def _reset(self) -> None:
+        """Close so that the client gets an RST, not an end of file."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
 
     def log_message(self, *args: object) -> None:
         """Stay quiet: `Hub.log` has the requests."""
-
-
-# ---- routes --------------------------------------------------------------------------------------------------------
-
-
-def repo_info(hub: Hub, request: Request, kind: str, repo_id: str, revision: str | None) -> Response:
-    found = hub.find(kind, repo_id, revision)
-    if isinstance(found, Response):
-        return found
-    repo, commit = found
-    siblings = [
-        {"rfilename": path, "size": len(content), "blobId": content_id(path, content)}
-        for path, content in sorted(commit.files.items())
-    ]
-    date = "2026-01-01T00:00:00.000Z"
-    answer = {"id": repo.id, "sha": commit.oid, "private": False, "gated": False, "disabled": False, "tags": []}
-    return as_json(
-        {**answer, "lastModified": date, "createdAt": date, "downloads": 0, "likes": 0, "siblings": siblings}
-    )
-
-
-def refs(hub: Hub, request: Request, kind: str, repo_id: str) -> Response:
-    found = hub.find(kind, repo_id, None)
-    if isinstance(found, Response):
-        return found
-    branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in found[0].refs.items()]
-    return as_json({"branches": branches, "tags": [], "converts": []})
-
-
-def tree(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> Response:
-    found = hub.find(kind, repo_id, revision)
-    if isinstance(found, Response):
-        return found
-    files = sorted(found[1].files.items())
-    return as_json([{"type": "file", "path": p, "size": len(c), "oid": content_id(p, c)} for p, c in files])
-
-
-def resolve(hub: Hub, request: Request, web: str | None, repo_id: str, revision: str, path: str) -> Response:
-    found = hub.find(web.rstrip("/") if web else "models", repo_id, revision)
-    if isinstance(found, Response):
-        return found
-    commit = found[1]
-    content = commit.files.get(path)
-    if content is None:
-        return failure(404, "EntryNotFound", f"Entry not found: {path}", **{"X-Repo-Commit": commit.oid})
-    oid = content_id(path, content)
-    headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-    if is_lfs(path):
-        headers.update({"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))})
-    if request.method == "HEAD":
-        return Response(200, b"", {**headers, "Content-Length": str(len(content))})
-    return _part(content, request.headers.get("range"), headers)
-
-
-def _part(content: bytes, wanted: str | None, headers: dict[str, str]) -> Response:
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
-    if match is None:
-        return Response(200, content, headers)
-    start, end = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
-    if start > end:
-        return Response(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-    return Response(206, content[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})
-
-
-_KIND, _ID, _REV = "(models|datasets|spaces)", "([^/]+/[^/]+)", "([^/]+)"
-ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Response]]] = [
-    (("GET",), f"/api/{_KIND}/{_ID}(?:/revision/{_REV})?", repo_info),
-    (("GET",), f"/api/{_KIND}/{_ID}/refs", refs),
-    (("GET",), f"/api/{_KIND}/{_ID}/tree/{_REV}", tree),
-    (("GET", "HEAD"), f"/(datasets/|spaces/)?{_ID}/resolve/{_REV}/(.+)", resolve),
-    (("GET",), "/api/agent-harnesses", lambda hub, request: as_json({"standardEnvVars": [], "harnesses": {}})),
-]
