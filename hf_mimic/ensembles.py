@@ -1,12 +1,12 @@
 """Many filters, one decision: they vote, over epochs and layers, and the ensemble learns whom to believe.
 
-Read `EnsembleFilter.fit`, then `votes` and `predict_proba`; votes.py counts them.
+Read `EnsembleFilter.fit`, then `votes` and `predict_proba`; votes.py counts them, table_odds.py learns from a trust.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,14 @@ from sklearn.utils.validation import check_is_fitted
 from hf_mimic.checks import check_choice
 from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
 from hf_mimic.filters import MixtureFilter, TwoMeansFilter
+from hf_mimic.joined import Tables, all_ids, means_of, named, rows_of, trust_of
 from hf_mimic.scores import ScoreTable
-from hf_mimic.trust import learned_odds, most_f1, with_odds
+from hf_mimic.table_odds import TableOdds
+from hf_mimic.trust import most_f1, with_odds
 from hf_mimic.two_groups import sampled
 from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, blocks, count_votes, majority
 
 WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
-Tables = ScoreTable | Mapping[str, ScoreTable]
-_NEWS = 0.5  # of what votes say beside the trust: they come from a model that was pulled to the same reference
-_ENOUGH = 100  # samples to learn from
-_FITTED = 20_000
 
 
 class EnsembleFilter(ScoreFilter):
@@ -34,8 +32,9 @@ class EnsembleFilter(ScoreFilter):
     A filter abstains where a sample has no score, and everywhere where it sees no two groups; if all do, everything is
     kept. Whom to believe is learned without a clean label:
 
-    - "trust": from what the reference predicts. Its trust is where each sample starts, and half of what the votes say,
-      learned from the trust by a logistic regression, is added: they judge by the same reference.
+    - "trust": from what the reference predicts. Its trust is where each sample starts. What the votes of a table and the
+      mean scores behind them add is learned from the trust by one logistic regression, as what they share counts once;
+      over tables the mean is taken, not the sum: they judge by the same reference.
     - "correlated": from the votes alone, by EM; all epochs and filters of one column of one table share one voice.
     - "dawid_skene": the same, every voter taken for independent. "majority": all voters alike, a tie to the mean score.
 
@@ -83,9 +82,9 @@ class EnsembleFilter(ScoreFilter):
         check_choice("vote", self.vote, WAYS)
         if self.least != "f1" and not (isinstance(self.least, (int, float)) and 0 < self.least < 1):
             raise ValueError(f'`least` must be in (0, 1) or "f1", got {self.least!r}. Use 0.5 for more likely good.')
-        by_trust = self.vote in ("auto", "trust") and np.isfinite(_trust(scores, _all_ids(scores))).any()
+        by_trust = self.vote in ("auto", "trust") and np.isfinite(trust_of(scores, all_ids(scores))).any()
         self.filters_: list[tuple[str, str, ScoreFilter]] = []
-        for place, table in _named(scores).items():
+        for place, table in named(scores).items():
             for name, model in self.filters if self.filters is not None else default_voters(table, check=not by_trust):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # who sees no two groups abstains; if all do, it is said below
@@ -96,17 +95,19 @@ class EnsembleFilter(ScoreFilter):
             )
         heard = self.votes(scores)
         voices = len(np.unique(self._groups()[(heard.votes != ABSTAINS).any(0)]))
-        trust = _trust(scores, heard.sample_id)
+        trust = trust_of(scores, heard.sample_id)
         self.vote_ = self._way(voices, trust)
-        self._odds: Callable[[np.ndarray], np.ndarray] | None = None
+        means = means_of(scores, heard.sample_id, self._columns())
+        self._odds: dict[str, TableOdds] = {}
         self._model: DawidSkene | None = None
         if self.vote_ == "trust":
-            self._odds = self._learned(heard.votes, trust)
+            self._learn(heard.votes, trust, means)
         elif self.vote_ not in ("majority", "nobody"):
             self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes, groups=self._groups())
         self.threshold_ = self.least
         if self.least == "f1":
-            good = self._proba(sampled(heard.votes, 0), sampled(trust, 0))  # the same samples: one seed
+            # one seed takes the same samples of each
+            good = self._proba(sampled(heard.votes, 0), sampled(trust, 0), sampled(means, 0))
             self.threshold_ = most_f1(good[~np.isnan(good)]) if np.isfinite(good).any() else 0.5
         return heard
 
@@ -117,7 +118,7 @@ class EnsembleFilter(ScoreFilter):
             scores: What `fit` takes, with the same names.
         """
         check_is_fitted(self)
-        tables, ids = _named(scores), _all_ids(scores)
+        tables, ids = named(scores), all_ids(scores)
         wanted = {place: None for place, _, _ in self.filters_}
         if not wanted.keys() <= tables.keys():
             raise ValueError(
@@ -127,7 +128,7 @@ class EnsembleFilter(ScoreFilter):
         self._owner: list[int] = []  # the filter of each voter
         for place, name, model in self.filters_:
             heard = model.votes(tables[place])
-            rows = _rows(ids, heard.sample_id)
+            rows = rows_of(ids, heard.sample_id)
             votes = heard.votes
             if len(votes) < len(ids):
                 votes = np.full((len(ids), heard.votes.shape[1]), ABSTAINS, dtype=np.int8)
@@ -143,7 +144,7 @@ class EnsembleFilter(ScoreFilter):
     def predict_proba(self, scores: Tables) -> np.ndarray:
         """Return P(good) (N,); by majority the share of the votes to keep. NaN where nothing is known."""
         heard = self.votes(scores)
-        return self._proba(heard.votes, _trust(scores, heard.sample_id))
+        return self._good(heard, scores)
 
     def filter(self, scores: Tables) -> FilterResult:
         """Return what is kept, what is dropped, and why.
@@ -158,11 +159,15 @@ class EnsembleFilter(ScoreFilter):
     def _keep(self, heard: Votes, scores: Tables) -> np.ndarray:
         if self.vote_ in ("majority", "nobody"):
             return majority(heard.votes, heard.score)
-        return ~(self._proba(heard.votes, _trust(scores, heard.sample_id)) < self.threshold_)
+        return ~(self._good(heard, scores) < self.threshold_)
+
+    def _good(self, heard: Votes, scores: Tables) -> np.ndarray:
+        ids = heard.sample_id
+        return self._proba(heard.votes, trust_of(scores, ids), means_of(scores, ids, self._columns()))
 
     def _reason(self, against: int, count: int, keep: bool) -> str:
         said = f"{against} of {count} votes against" if count else "no votes"
-        learned = self._odds is not None or (self._model is not None and count)
+        learned = self._odds or (self._model is not None and count)
         return f"{said}; probably {'good' if keep else 'bad'}" if learned else said
 
     def _groups(self) -> np.ndarray:
@@ -187,32 +192,39 @@ class EnsembleFilter(ScoreFilter):
             return "correlated" if voices >= FEWEST else "majority"
         return self.vote
 
-    def _learned(self, votes: np.ndarray, trust: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return the odds that votes add to the trust, as `learned_odds` does; None where there is little to learn from."""
-        known = np.flatnonzero(np.isfinite(trust) & (count_votes(votes)[0] > 0))
-        if len(known) < _ENOUGH:
-            return None
-        rows = np.random.default_rng(0).permutation(known)[:_FITTED]
-        shares = self._shares(votes[rows])
-        heard = ~np.isnan(shares)
-        self._usual = np.where(heard, shares, 0).sum(0) / np.maximum(heard.sum(0), 1)
-        return learned_odds(trust[rows], self._told(votes[rows]))
+    def _columns(self) -> list[tuple[str, str]]:
+        """Return by which columns of which tables the filters judge, each once; only a trust is asked what they say."""
+        if self.vote_ != "trust":
+            return []
+        found = [(place, model.column_) for place, _, model in self.filters_ if hasattr(model, "column_")]
+        return list(dict.fromkeys(found))
 
-    def _shares(self, votes: np.ndarray) -> np.ndarray:
-        """Return of each filter the share of its votes that keep a sample (B, F), NaN where it abstains."""
-        owner = np.array(self._owner)
-        found = np.full((len(votes), len(self.filters_)), np.nan)
-        for k in range(len(self.filters_)):
-            count, against = count_votes(votes[:, owner == k])
-            np.divide(count - against, count, out=found[:, k], where=count > 0)
-        return found
+    def _parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return of each table which of `_columns` and which voters are its own."""
+        scores, voters = [place for place, _ in self._columns()], [self.filters_[k][0] for k in self._owner]
+        return {
+            place: (np.flatnonzero(np.array(scores) == place), np.flatnonzero(np.array(voters) == place))
+            for place in dict.fromkeys(voters)
+        }
 
-    def _told(self, votes: np.ndarray) -> np.ndarray:
-        """Return the same with the usual share where a filter abstains, which then says nothing."""
-        shares = self._shares(votes)
-        return np.where(np.isnan(shares), self._usual, shares)
+    def _learn(self, votes: np.ndarray, trust: np.ndarray, means: np.ndarray) -> None:
+        """Learn what each table says beside the trust; nothing where there is little to learn from."""
+        for place, (columns, voters) in self._parts().items():
+            found = TableOdds(np.array(self._owner)[voters]).fit(trust, means[:, columns], votes[:, voters])
+            if found is not None:
+                self._odds[place] = found
 
-    def _proba(self, votes: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    def _said(self, votes: np.ndarray, means: np.ndarray) -> np.ndarray:
+        """Return the mean log-odds (B,) of the tables that say something of a sample; 0 where none does."""
+        total, count = np.zeros(len(votes)), np.zeros(len(votes))
+        for place, (columns, voters) in self._parts().items():
+            if place in self._odds:
+                odds = self._odds[place].odds(means[:, columns], votes[:, voters])
+                total += np.nan_to_num(odds)
+                count += ~np.isnan(odds)
+        return total / np.maximum(count, 1)
+
+    def _proba(self, votes: np.ndarray, trust: np.ndarray, means: np.ndarray) -> np.ndarray:
         count, against = count_votes(votes)
         if self._model is not None:
             good = self._model.predict_proba(votes)
@@ -224,8 +236,7 @@ class EnsembleFilter(ScoreFilter):
                 )
             good = np.where(np.isnan(trust) & (count > 0), np.nanmean(trust), trust)
             for rows in blocks(len(votes)):
-                if self._odds is not None:
-                    good[rows] = with_odds(good[rows], _NEWS * self._odds(self._told(votes[rows])))
+                good[rows] = with_odds(good[rows], self._said(votes[rows], means[rows]))
             return good
         else:
             good = (count - against) / np.maximum(count, 1)
@@ -253,47 +264,3 @@ def default_voters(table: ScoreTable, *, check: bool) -> list[tuple[str, ScoreFi
 
 def _has(scores: Any, column: str) -> bool:
     return scores[column].null_count < len(scores)
-
-
-def _named(scores: Tables) -> Mapping[str, ScoreTable]:
-    tables = {"": scores} if isinstance(scores, ScoreTable) else scores
-    if not isinstance(tables, Mapping) or not tables or not all(isinstance(t, ScoreTable) for t in tables.values()):
-        raise ValueError(
-            f"an ensemble takes a `ScoreTable`, or several by name, got {type(scores).__name__}. It needs epochs and "
-            "columns; `DawidSkene` in hf_mimic.votes takes votes."
-        )
-    return tables
-
-
-def _all_ids(scores: Tables) -> np.ndarray:
-    found = [_ids(table) for table in _named(scores).values()]
-    if all(np.array_equal(ids, found[0]) for ids in found[1:]):
-        return found[0]
-    every = np.unique(np.concatenate(found))
-    if len(every) == sum(map(len, found)):
-        sizes = " and ".join(str(len(ids)) for ids in found)
-        raise ValueError(
-            f"the tables of an ensemble must be of the same samples, got {sizes} with no id in common. Give scores of the "
-            "same data set."
-        )
-    return every
-
-
-def _ids(table: ScoreTable) -> np.ndarray:
-    return table.aggregate()["sample_id"].to_numpy()
-
-
-def _rows(ids: np.ndarray, own: np.ndarray) -> np.ndarray | slice:
-    """Return where the samples of one table are among all."""
-    return slice(None) if np.array_equal(ids, own) else np.searchsorted(ids, own)
-
-
-def _trust(scores: Tables, ids: np.ndarray) -> np.ndarray:
-    """Return what the reference trusts each sample (N,), the mean over the tables that know it."""
-    total, count = np.zeros(len(ids)), np.zeros(len(ids))
-    for table in _named(scores).values():
-        column = table.aggregate()["ref_trust"].to_numpy().astype(float)
-        rows, known = _rows(ids, _ids(table)), np.isfinite(column)
-        total[rows] += np.where(known, column, 0)
-        count[rows] += known
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -124,8 +124,6 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     Returns:
         Trust (N,): as it was where there is no evidence (or less than 100 rows of it), NaN where it was.
     """
-    from sklearn.preprocessing import QuantileTransformer
-
     trust, evidence = np.asarray(trust, float), np.asarray(evidence)
     evidence = evidence[:, np.isfinite(evidence).any(0)]
     there = np.isfinite(trust)
@@ -143,14 +141,12 @@ def combine(trust: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     # (n,), n <= 20,000
     fitted = np.arange(size) if size <= _FITTED_ROWS else np.random.default_rng(0).choice(size, _FITTED_ROWS, False)
     _, soft, shown = of(fitted)
-    scale = QuantileTransformer(
-        output_distribution="normal", n_quantiles=min(size, 300), random_state=0, subsample=_FITTED_ROWS
-    ).fit(shown)
-    result, odds = trust.copy(), learned_odds(soft, _normal_scores(scale, shown))
+    normal = to_normal_scores(shown)
+    result, odds = trust.copy(), learned_odds(soft, normal(shown))
 
     def weigh(start: int) -> None:
         index, known, seen = of(slice(start, start + _BLOCK))
-        result[index] = with_odds(known, odds(_normal_scores(scale, seen)))
+        result[index] = with_odds(known, odds(normal(seen)))
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         list(pool.map(weigh, range(0, size, _BLOCK)))
@@ -192,6 +188,23 @@ def _line(slope: np.ndarray, base: float, rows: np.ndarray) -> np.ndarray:
 def with_odds(trust: np.ndarray, odds: np.ndarray) -> np.ndarray:
     """Return the trust (N,) with log-odds (N,) added."""
     return 1 / (1 + np.exp(-(_logit(trust.clip(_FLOOR, 1 - _FLOOR)) + odds)))
+
+
+def to_normal_scores(evidence: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Learn where values stand among those of each column.
+
+    Args:
+        evidence: (n, K), without NaN; K > 0.
+
+    Returns:
+        A function of evidence (B, K): the normal scores (B, K) of its ranks.
+    """
+    from sklearn.preprocessing import QuantileTransformer
+
+    scale = QuantileTransformer(
+        output_distribution="normal", n_quantiles=min(len(evidence), 300), random_state=0, subsample=_FITTED_ROWS
+    )
+    return partial(_normal_scores, scale.fit(evidence))
 
 
 def _normal_scores(scale: Any, evidence: np.ndarray) -> np.ndarray:

@@ -82,6 +82,20 @@ def test_every_filter_is_heard_beside_the_trust(informative):
     assert errors(EnsembleFilter(members).fit_predict(table), good) < 0.9 * errors(trust >= most_f1(trust), good)
 
 
+def test_tables_are_not_added_but_averaged():
+    """They judge by the same reference: the same table twice says no more than once; who is not in one has the other's word."""
+    trust = np.clip(np.where(drawn(0)[1], 0.7, 0.3) + 0.2 * np.random.default_rng(5).normal(size=N), 0.05, 0.95)
+    table, _ = drawn(1, apart=1.0, trust=trust)
+    alone = EnsembleFilter().fit(table).predict_proba(table)
+    twice = EnsembleFilter().fit({"a": table, "b": table}).predict_proba({"a": table, "b": table})
+    np.testing.assert_allclose(twice, alone)
+    rows = drawn(2, apart=1.0)[0].to_arrow()
+    tables = {"a": table, "b": ScoreTable.from_arrow(rows.filter(rows["sample_id"].to_numpy() % 2 == 0))}
+    both = EnsembleFilter().fit(tables).predict_proba(tables)
+    np.testing.assert_allclose(both[1::2], alone[1::2])
+    assert abs(both[::2] - alone[::2]).max() > 0.05  # the control
+
+
 def test_nobody_sees_two_groups():
     table, _ = drawn(0, apart=0.0)
     with pytest.warns(UserWarning, match="no filter of the ensemble sees evidence of two groups: everything is kept"):
