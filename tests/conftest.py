@@ -27,6 +27,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import datasets  # noqa: E402
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -56,3 +58,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
     monkeypatch.setattr("huggingface_hub.file_download.time", clock)
     return waited
+
+
+@pytest.fixture
+def api(hub: Hub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> huggingface_hub.HfApi:
+    """Return a client with a new token of "user", who is in the organization "team"; HF_TOKEN is set to it."""
+    monkeypatch.setenv("HF_TOKEN", hub.token("user", orgs=["team"]))
+    monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # spares a look-up of datasets-server.127.0.0.1
+    return huggingface_hub.HfApi()

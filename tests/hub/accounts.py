@@ -129,6 +129,16 @@ def delete_ref(hub: Hub, request: Request, kind: str, repo_id: str, what: str, n
     return as_json({})
 
 
+@route("POST", f"/api/{KIND}/{ID}/super-squash/{REV}")
+def super_squash(hub: Hub, request: Request, kind: str, repo_id: str, name: str) -> Response:
+    repo, token = writable(hub, request, kind, repo_id)
+    ref = f"refs/heads/{name}"
+    if ref not in repo.refs:
+        raise refuse(404, "RevisionNotFound", f"Invalid rev id: {name}")
+    repo.add(ref, None, repo.commits[repo.refs[ref]].files, request.json()["message"], token.user)
+    return as_json({})
+
+
 @route("GET", "/api/agent-harnesses")
 def harnesses(hub: Hub, request: Request) -> Response:
     return as_json({"standardEnvVars": [], "harnesses": {}})

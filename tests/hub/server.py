@@ -122,15 +122,22 @@ class Hub:
 
     def downloads(self, repo_id: str) -> list[str]:
         """Return the paths of one repo whose contents were sent, in order."""
-        pattern = rf"/(?:datasets/|spaces/)?{re.escape(repo_id)}/resolve/[^/]+/(.+)"
-        found = [(r, re.fullmatch(pattern, r.path)) for r in self.requests("GET")]
-        return [unquote(m[1]) for r, m in found if m and r.status in (200, 206, 302)]
+        prefix, paths = rf"/(?:datasets/|spaces/)?{re.escape(repo_id)}/resolve/[^/]+/", self._names(repo_id)
+        stored = rf"/stored/\w+/{re.escape(repo_id)}/"
+        sent = [r for r in self.requests("GET") if r.status in (200, 206)]
+        found = [(re.fullmatch(rf"{prefix}(.+)|{stored}(\w+)", r.path)) for r in sent]
+        return [unquote(m[1]) if m[1] else paths[m[2]] for m in found if m]
 
-    def uploads(self, repo_id: str, kind: str | None = None) -> list[str]:
+    def uploads(self, repo_id: str) -> list[str]:
         """Return what was sent to a repo, in order: paths, or the sha256 of LFS files that were never committed."""
-        repo = self.repo(repo_id, kind)
-        paths = {c.sha256: p for commit in list(repo.commits.values()) for p, c in commit.files.items()}
-        return [paths.get(name, name) for r in list(self.log) if r.status == 200 for name in writing.sent(r, repo)]
+        paths = self._names(repo_id)
+        names = [name for r in list(self.log) if r.status == 200 for name in writing.sent(r, repo_id)]
+        return [paths.get(name, name) for name in names]
+
+    def _names(self, repo_id: str) -> dict[str, str]:
+        """Return the last path of every content of the repos of this name, by sha256."""
+        commits = [c for (_, name), r in list(self.repos.items()) if name == repo_id for c in list(r.commits.values())]
+        return {content.sha256: path for commit in commits for path, content in commit.files.items()}
 
     # ---- answering -----------------------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from hub.server import Hub
 
 
-def sent(request: Request, repo: Repo) -> list[str]:
+def sent(request: Request, repo_id: str) -> list[str]:
     """Return what a request brought to a repo: paths, and the sha256 of LFS files."""
-    match = re.fullmatch(rf"/lfs/{repo.kind}/{re.escape(repo.id)}/(\w+)(?:/1)?", request.path)
+    match = re.fullmatch(rf"/lfs/{KIND}/{re.escape(repo_id)}/(\w+)(?:/1)?", request.path)
     if match and request.method == "PUT":
-        return [match[1]]
-    if not re.match(rf"/api/{repo.kind}/{re.escape(repo.id)}/commit/", request.path):
+        return [match[2]]
+    if not re.match(rf"/api/{KIND}/{re.escape(repo_id)}/commit/", request.path):
         return []
     return [value["path"] for key, value in _lines(request) if key == "file"]
 
