@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_mimic.hub_files import find_file, pin
 from hf_mimic.layers import match_parameters
-from hf_mimic.reference import Reference, check_labels, find_file, read_config, read_tensors
+from hf_mimic.reference import Reference, check_labels, read_config, read_tensors
 
 _REMEDY = 'Name it as `reference_base_model`, or use direction="current" or "start".'
 
@@ -27,6 +28,7 @@ def find_base_model(reference: Reference, *, revision: str | None = None) -> str
     """
     what = f"a {type(reference).__name__} has no card"
     if isinstance(reference, (str, Path)):
+        revision = pin(reference, revision)
         what = (
             f"looked for `base_model` in README.md and `base_model_name_or_path` in adapter_config.json of {reference}"
         )
@@ -59,7 +61,12 @@ def _named_by_card(card: Path | None) -> Any:
 
 
 def read_base_tensors(
-    base: Reference, model: nn.Module, names: Sequence[str], like: Mapping[str, Tensor]
+    base: Reference,
+    model: nn.Module,
+    names: Sequence[str],
+    like: Mapping[str, Tensor],
+    *,
+    revision: str | None = None,
 ) -> dict[str, Tensor]:
     """Read the base model's tensors; a head that it has not (or for other labels) counts as 0.
 
@@ -70,14 +77,16 @@ def read_base_tensors(
         model: The student.
         names: Parameter names of `model`.
         like: The reference's tensors, by the same names.
+        revision: Branch, tag or commit of the base's Hub repo.
 
     Raises:
         ValueError: If it cannot be read, or another tensor is missing or has another shape.
     """
     head = set(match_parameters(model, "head")) & set(names)
     try:
-        own = [name for name in names if name not in head] if _has_other_labels(base, model) else names
-        found = read_tensors(base, model, own, optional=head, same_labels=False)
+        revision = pin(base, revision)
+        own = [name for name in names if name not in head] if _has_other_labels(base, model, revision) else names
+        found = read_tensors(base, model, own, revision=revision, optional=head, same_labels=False)
     except (OSError, ValueError) as error:
         given = base if isinstance(base, (str, Path)) else type(base).__name__
         raise ValueError(
@@ -86,10 +95,10 @@ def read_base_tensors(
     return {name: found[name] if name in found else like[name].new_zeros(like[name].shape) for name in names}
 
 
-def _has_other_labels(base: Reference, model: nn.Module) -> bool:
+def _has_other_labels(base: Reference, model: nn.Module, revision: str | None) -> bool:
     if not isinstance(base, (str, Path)):
         return False
-    config = read_config(base)
+    config = read_config(base, revision=revision)
     try:
         check_labels(model, config, str(base))
     except ValueError:

@@ -198,7 +198,7 @@ def _of_status(error: BaseException, status: int | None, repo_id: str, writing: 
     """Return reason and remedy of an HTTP status."""
     if status is None:
         return None
-    came = f"the Hub answered {status} ({told(_from_hub(error))})"
+    came = f"the Hub answered {status} ({_answer(error)})"
     wait = retry_after(error)
     later = "Try again " + ("later" if wait is None else f"in {wait:.0f} seconds") + f"; {_kept(writing)}"
     if status == 401:
@@ -206,7 +206,7 @@ def _of_status(error: BaseException, status: int | None, repo_id: str, writing: 
     if status == 403:
         allowed = "write to" if writing else "read"
         return (
-            f"the token must not {allowed} it ({told(_from_hub(error))})",
+            f"the token must not {allowed} it ({_answer(error)})",
             f"Log in with one that may {allowed} {repo_id}: hf auth login, or set HF_TOKEN",
         )
     if status in (409, 412):
@@ -255,8 +255,11 @@ def _first(error: BaseException, *kinds: type[BaseException]) -> BaseException |
     return next((each for each in _chain(error) if isinstance(each, kinds)), None)
 
 
-def _from_hub(error: BaseException) -> BaseException:
-    return _first(error, HfHubHTTPError) or error
+def _answer(error: BaseException) -> str:
+    """Return what the Hub said, in its own words if it found any."""
+    refused = _first(error, HfHubHTTPError)
+    text = getattr(refused, "server_message", None) or getattr(_response(error), "reason_phrase", "")
+    return _clean(str(text or "")) or told(refused or error)
 
 
 def _response(error: BaseException) -> Any:

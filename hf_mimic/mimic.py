@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_mimic.base_model import find_base_model, read_base_tensors
 from hf_mimic.checks import check_choice
 from hf_mimic.forward_ad import dual_parameters, primal_of, strip, tangent_of
+from hf_mimic.hub_files import pin
 from hf_mimic.layers import match_parameters
 from hf_mimic.losses import PerSampleLoss, loss_for_model, model_inputs
 from hf_mimic.reference import Reference, read_tensors
@@ -66,8 +67,10 @@ class MimicDirection:
         kind: str = "current",
         base: Reference | None = None,
         revision: str | None = None,
+        base_revision: str | None = None,
     ) -> None:
         check_choice("direction", kind, DIRECTIONS)
+        revision = pin(reference, revision)
         if kind == "task_vector" and base is None:
             base = find_base_model(reference, revision=revision)
         self.kind = kind
@@ -85,7 +88,8 @@ class MimicDirection:
         if kind == "start":
             self.tensors = dict(_Difference(self.tensors, self.parameters))
         elif kind == "task_vector":
-            origin = read_base_tensors(base, model, self.names, self.tensors)  # type: ignore[arg-type]
+            known: Any = base
+            origin = read_base_tensors(known, model, self.names, self.tensors, revision=base_revision)
             self.tensors = dict(_Difference(self.tensors, self._like_parameters(origin)))
 
     def __call__(self) -> Mapping[str, Tensor]:

@@ -14,18 +14,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    _CACHED_NO_EXIST,
-    file_exists,
-    hf_hub_download,
-    is_offline_mode,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import is_offline_mode
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from hf_mimic.hub_errors import HubError
+from hf_mimic.hub_files import find_file, has_file, on_hub, pin
 
 Reference = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -58,12 +54,15 @@ def read_tensors(
     Raises:
         ValueError: If tensors are missing or have another shape (all are listed), or labels are ordered differently.
         FileNotFoundError: If there is no safetensors file.
+        HubError: If the Hub refuses or fails, or sends other bytes than it announces.
     """
     names, aliases = list(names), _aliases(model)
     wanted = [alias for name in names for alias in aliases[name]]
     if isinstance(reference, (str, Path)):
+        revision = pin(reference, revision)
+        config = read_config(reference, revision=revision)
         if same_labels:
-            check_labels(model, read_config(reference, revision=revision), str(reference))
+            check_labels(model, config, str(reference))
         found = _read_files(reference, model, wanted, revision)
     else:
         source = reference if isinstance(reference, nn.Module) else model
@@ -101,9 +100,20 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_config(reference: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Return the reference's `config.json` as a dict, empty where there is none (an adapter's repo)."""
+    """Return the reference's `config.json` as a dict, empty where there is none (an adapter's repo).
+
+    Raises:
+        ValueError: If the model on the Hub is made by code in its repo.
+    """
     path = find_file(reference, "config.json", revision)
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if on_hub(reference) and config.get("auto_map"):
+        raise ValueError(
+            f"the reference must be of an architecture in transformers, {reference} has code of its own (`auto_map` in "
+            "config.json), and that is never run here. Load it yourself, after reading its code, and give the module or "
+            "its state dict as the reference."
+        )
+    return config
 
 
 def check_labels(model: nn.Module, config: Mapping[str, Any], reference: str) -> None:
@@ -144,30 +154,6 @@ def _check_shapes(found: Mapping[str, Tensor], model: nn.Module, names: list[str
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def find_file(reference: str | Path, name: str, revision: str | None) -> Path | None:
-    """Return the local path of one file of a folder or Hub repo (downloaded if needed), or None."""
-    if Path(reference).is_dir():
-        path = Path(reference) / name
-        return path if path.is_file() else None
-    if isinstance(reference, Path) or reference.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"the reference must be a Hub repo id or a folder, {reference} does not exist.")
-    try:
-        return Path(hf_hub_download(reference, name, revision=revision))
-    except LocalEntryNotFoundError:  # the Hub could not be asked
-        if is_offline_mode() or try_to_load_from_cache(reference, name, revision=revision) is _CACHED_NO_EXIST:
-            return None
-        raise
-    except EntryNotFoundError:
-        return None
-
-
-def _exists(reference: str | Path, name: str, revision: str | None) -> bool:
-    """Return whether a folder or Hub repo has a file, without downloading it."""
-    if Path(reference).is_dir():
-        return (Path(reference) / name).is_file()
-    return not is_offline_mode() and file_exists(str(reference), name, revision=revision)
-
-
 def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, str]:
     """Return tensor name to file name, from the index of a sharded checkpoint or the header of a single file."""
     index = find_file(reference, "model.safetensors.index.json", revision)
@@ -178,11 +164,16 @@ def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, st
         if path is not None:
             with _open(path) as file:
                 return dict.fromkeys(file.keys(), name)
-    pickles = [name for name in _PICKLES if _exists(reference, name, revision)]
+    pickles = [name for name in _PICKLES if has_file(reference, name, revision)]
     if pickles:
         raise FileNotFoundError(
             f"the reference must have safetensors weights, {reference} has only {pickles[0]}, and reading that would "
             "unpickle code from it. Convert it once: from_pretrained(...).save_pretrained(...) on a trusted machine."
+        )
+    if on_hub(reference) and is_offline_mode():
+        remedy = "Unset HF_HUB_OFFLINE, or load it once before"
+        raise HubError(
+            str(reference), "reading the weights", "HF_HUB_OFFLINE is set, and they are not in the cache", remedy
         )
     raise FileNotFoundError(
         f"no model.safetensors, model.safetensors.index.json or adapter_model.safetensors in {reference}. "

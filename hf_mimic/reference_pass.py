@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_mimic.files import write_atomically
 from hf_mimic.finite import finite_forward, without_trace
+from hf_mimic.hub_files import pin
 from hf_mimic.losses import PerSampleLoss, clip_score
 from hf_mimic.mimic import eval_mode, mimic_forward
 from hf_mimic.reference import Reference, read_config, read_tensors, stored_tensors
@@ -39,6 +40,7 @@ def runnable_tensors(model: nn.Module, reference: Reference, *, revision: str | 
         FileNotFoundError: If there is no safetensors file.
     """
     own = stored_tensors(model)
+    revision = pin(reference, revision)
     _check_architecture(model, reference, revision)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     lora = {name for name in trained if ".lora_A." in name or ".lora_B." in name}

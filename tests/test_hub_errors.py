@@ -20,7 +20,7 @@ TOKEN = "hf_" + "aB3" * 11
 
 def http_error(status, url="https://huggingface.co/api/models/user/model", message="no", **headers):
     response = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", url))
-    return HfHubHTTPError(message, response=response)
+    return HfHubHTTPError(message, response=response, server_message=message)
 
 
 def raised(function, *args, **kwargs):
@@ -80,6 +80,12 @@ def test_a_token_that_is_there_changes_the_remedy(hub, monkeypatch):
     text = str(explain(raised(HfApi().dataset_info, "user/rows"), "user/rows", "reading the card"))
     assert "no data set of this name" in text
     assert "its token must be allowed to see it" in text
+
+
+def test_the_words_of_the_hub_are_told_not_those_of_the_client(hub):
+    hub.faults.append(lambda request: failure(422, "", "the card has no license"))
+    text = str(explain(raised(HfApi().model_info, "user/x"), "user/x", "committing"))
+    assert text == ("user/x: committing failed: the Hub answered 422 (the card has no license). Correct what it names")
 
 
 def test_writing_with_a_token_that_only_reads():

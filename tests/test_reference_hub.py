@@ -6,13 +6,22 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from hub.server import failure
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from hub.server import Response, failure
 from oracles import identical
 
+from hf_mimic.hub_errors import HubError
 from hf_mimic.layers import match_parameters
 from hf_mimic.mimic import MimicDirection, reference_direction
 from hf_mimic.reference import read_tensors
+from hf_mimic.reference_pass import runnable_tensors
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Return the seconds that would have been waited."""
+    waited = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    return waited
 
 
 def pair(family):
@@ -76,25 +85,83 @@ def test_pickles_on_the_hub_are_not_even_downloaded(hub):
 
 def test_unknown_repo_and_revision(hub):
     hub.create("user/empty")
-    with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
+    with pytest.raises(HubError, match=r"^user/nothing: looking up the main branch failed: there is no model of"):
         reference_direction(models.make("vit"), "user/nothing")
-    with pytest.raises(RevisionNotFoundError, match="Revision Not Found"):
+    with pytest.raises(HubError, match=r"^user/empty: looking up v9 failed: there is no such branch, tag or commit"):
         reference_direction(models.make("vit"), "user/empty", revision="v9")
+    with pytest.raises(HubError, match=r"^user/empty: reading config.json failed: there is no such branch, tag or"):
+        reference_direction(models.make("vit"), "user/empty", revision="0" * 40)
 
 
-def test_a_hub_that_fails_is_not_a_repo_without_files(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_a_hub_that_fails_is_not_a_repo_without_files(hub, tmp_path, pauses):
     publish(hub, "user/down", models.make("vit"), tmp_path)
     hub.faults.append(lambda request: failure(500, "", "out of order") if "/resolve/" in request.path else None)
-    with pytest.raises(LocalEntryNotFoundError, match="check your connection"):
+    with pytest.raises(
+        HubError, match=r"reading config.json failed: the Hub answered 500 \(out of order\). Try again"
+    ):
         reference_direction(models.make("vit"), "user/down")
 
 
-def test_the_cache_serves_when_the_hub_fails(hub, tmp_path, monkeypatch):
-
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_the_cache_serves_when_the_hub_fails_and_offline(hub, tmp_path, pauses, monkeypatch):
     student, reference = pair("vit")
     publish(hub, "user/cached", reference, tmp_path)
     first = reference_direction(student, "user/cached")
     hub.faults.append(lambda request: failure(500, "", "out of order"))
     assert identical(reference_direction(student, "user/cached"), first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.clear_log()
+    assert identical(reference_direction(student, "user/cached"), first)
+    assert hub.log == []
+
+
+def test_offline_without_cache(hub, tmp_path, monkeypatch):
+    _, commit = publish(hub, "user/uncached", models.make("vit"), tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in (None, commit):
+        with pytest.raises(
+            HubError, match=r"^user/uncached: .* HF_HUB_OFFLINE is set, and .* not in the cache. Unset"
+        ):
+            reference_direction(models.make("vit"), "user/uncached", revision=revision)
+
+
+def test_a_branch_that_moves_while_it_is_read(hub, tmp_path):
+    student, first = pair("vit")
+    repo, _ = publish(hub, "user/busy", first, tmp_path / "first", max_shard_size="50KB")
+    models.make("vit", seed=2).save_pretrained(tmp_path / "second", max_shard_size="50KB")
+
+    def push(request):
+        if request.path.endswith("index.json"):
+            repo.commit(tmp_path / "second")
+
+    hub.faults.append(push)
+    names = match_parameters(student, "all")
+    assert identical(read_tensors("user/busy", student, names), named(first, names))
+    assert len(repo.commits) > 2
+
+
+def test_code_in_the_repo_is_refused(hub, tmp_path):
+    student, reference = pair("vit")
+    repo, _ = publish(hub, "user/code", reference, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {"AutoModel": "code.Model"}}
+    repo.commit({"config.json": json.dumps(config).encode(), "code.py": b"raise SystemExit"})
+    for read in (reference_direction, runnable_tensors):
+        with pytest.raises(ValueError, match=r"user/code has code of its own .*Load it yourself.*its state dict"):
+            read(student, "user/code")
+    assert "code.py" not in hub.downloads("user/code")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_tensors(tmp_path, student, ["classifier.bias"])  # a folder's weights are read, its code is not
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00003-of-00003.safetensors"])
+def test_wrong_bytes_are_not_used(hub, tmp_path, name):
+    student, reference = pair("vit")
+    publish(hub, f"user/wrong-{len(name)}", reference, tmp_path, max_shard_size="50KB")
+    size = (tmp_path / name).stat().st_size
+
+    def fault(request):
+        wrong = request.method == "GET" and request.path.endswith(name)
+        return Response(200, bytes(size), {"X-Repo-Commit": "0" * 40}) if wrong else None
+
+    hub.faults.append(fault)
+    with pytest.raises(HubError, match=rf"verifying {name} failed: its hash must be .* nothing of it was used"):
+        read_tensors(f"user/wrong-{len(name)}", student, match_parameters(student, "all"))
