@@ -1,4 +1,4 @@
-"""The Hub of the tests, asked by the real clients: every route, and what is pushed comes back; failures are in test_hub_failures.py."""
+"""The Hub of the tests, asked by the real clients: every route, and that what is pushed comes back."""
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +7,7 @@ import datasets
 import models
 import pytest
 import torch
+from clients import put
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -15,10 +16,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 from transformers import AutoModelForImageClassification
-
-
-def put(api, repo_id, files, **options):
-    return api.create_commit(repo_id, [CommitOperationAdd(*f) for f in files.items()], commit_message="put", **options)
 
 
 def test_whoami_and_the_life_of_a_repo(hub, api):
@@ -225,6 +222,13 @@ def test_a_folder_goes_up_and_comes_back(hub, api, tmp_path, elsewhere):
     assert sorted(hub.downloads(repo_id)) == sorted([*files, ".gitattributes"])
     assert bool(hub.requests("GET", "^/stored/")) == elsewhere
     assert not any("authorization" in r.headers for r in hub.requests("GET", "^/stored/"))
+
+
+def test_what_the_clients_tell_about_themselves(hub):
+    session = get_session()
+    assert session.get(f"{hub.url}/api/agent-harnesses").json() == {"standardEnvVars": [], "harnesses": {}}
+    assert session.head(f"{hub.url}/api/telemetry/datasets/load").status_code == 200
+    assert session.post(f"{hub.url}/v1/telemetry", json={}).status_code == 200
 
 
 def test_ranges(hub):

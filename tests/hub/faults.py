@@ -29,7 +29,7 @@ class Fault:
     delay: float = 0.0
     corrupt: bool = False
     after: bool = False
-    call: Callable[[Request], Response | None] | None = None
+    call: Callable[[Request], object] | None = None
     hits: int = 0  # how many requests it has struck
 
     def strikes(self, request: Request) -> bool:
@@ -54,7 +54,7 @@ class Fault:
     def _answer(self, request: Request) -> Response | None:
         sleep(self.delay)
         response = self.call(request) if self.call else None
-        if response is not None:
+        if isinstance(response, Response):
             return response
         if self.reset:
             return Response(0, reset=True)

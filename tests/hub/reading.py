@@ -50,7 +50,18 @@ def file_entry(path: str, content: Content) -> dict[str, Any]:
     if not is_lfs(path, len(content), content):
         return {"type": "file", "path": path, "size": len(content), "oid": content.blob}
     lfs = {"oid": content.sha256, "size": len(content), "pointerSize": len(content.pointer)}
-    return {"type": "file", "path": path, "size": len(content), "oid": content.pointer_blob, "lfs": lfs}
+    return {
+        "type": "file",
+        "path": path,
+        "size": len(content),
+        "oid": content.pointer_blob,
+        "lfs": lfs,
+        **_xet(content),
+    }
+
+
+def _xet(content: Content) -> dict[str, str]:
+    return {"xetHash": content.xet} if content.xet else {}
 
 
 def entries(commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
@@ -152,6 +163,9 @@ def resolve(hub: Hub, request: Request, web: str | None, repo_id: str, revision:
     if not is_lfs(path, len(content), content):
         return _send(request, content, headers)
     headers.update({"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))})
+    if content.xet:
+        place = f"{hub.url}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.oid}"
+        headers.update({"X-Xet-Hash": content.xet, "Link": f'<{place}>; rel="xet-auth"'})
     if hub.lfs_elsewhere:
         place = f"{hub.other_origin()}/stored/{repo.kind}/{repo.id}/{oid}"
         return Response(302, f"Found. Redirecting to {place}".encode(), {**headers, "Location": place})

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hub import accounts, cards, discussions, reading, writing  # noqa: F401  (they fill ROUTES)
+from hub import accounts, cards, discussions, reading, writing, xet  # noqa: F401  (they fill ROUTES)
 from hub.access import ROLES, Token, caller
 from hub.faults import Fault
 from hub.store import Commit, Repo
@@ -32,6 +32,7 @@ class Hub:
         self.moved: dict[tuple[str, str], str] = {}
         self.tokens: dict[str, Token] = {}
         self.parts: dict[tuple[str, int], bytes] = {}  # of LFS files on their way, by sha256 and number
+        self.xet = xet.Storage()
         self.log: list[Request] = []
         self.faults: list[Fault | Callable[[Request], Response | None]] = []  # the first that strikes answers
         self.lock = threading.RLock()
@@ -101,7 +102,7 @@ class Hub:
 
         Options: times=1 (None for ever), skip=0 (so many are let pass first), status, headers, body; reset=True (RST,
         no answer); truncate=N (N bytes of the body, then FIN); delay=seconds; corrupt=True (right size, wrong bytes);
-        call=function of the request, whose answer is sent unless it is None, so that it may do something else, too.
+        call=function of the request, which may do something in between; if it returns a `Response`, that is sent.
         The request has no effect if it is answered by status, reset or call; with after=True it has: only the answer
         is lost. Returns the fault: `hits` counts the requests that it struck.
         """
@@ -159,7 +160,8 @@ class Hub:
         """Do what a request asks; one at a time, so that a commit sees the head that it moves."""
         try:
             with self.lock:
-                caller(self, request)
+                if not request.path.startswith("/xet/"):  # which has tokens of its own
+                    caller(self, request)
                 for methods, pattern, route in ROUTES:
                     match = re.fullmatch(pattern, request.path)
                     if match and request.method in methods:

@@ -22,6 +22,8 @@ NO_FILE = "A file with this name doesn't exist"
 class Content(bytes):
     """The bytes of a file; the names that git and LFS give them are worked out once."""
 
+    xet: str | None = None  # Xet's name, of a file that came by Xet
+
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self).hexdigest()
