@@ -87,9 +87,9 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     """Score every sample with the model as it is."""
     from hf_mimic.corpus import ScorePass, score_corpus
     from hf_mimic.corpus_folder import summary
+    from hf_mimic.hub_files import pin
     from hf_mimic.mimic import reference_direction
     from hf_mimic.processes import Processes
-    from hf_mimic.reference_pass import runnable_tensors
 
     if options.text_column is not None or options.image_id_column is not None:
         raise ValueError(
@@ -104,18 +104,15 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
             f"({', '.join(made)} would be made anew, and its scores be noise). Fine-tune it first: hf-mimic train."
         )
     model.to(team.device)
-    reference, revision = scoring.reference_model, scoring.reference_revision
+    reference = scoring.reference_model
+    revision = team.once(lambda: pin(reference, scoring.reference_revision))
     direction = reference_direction(model, reference, scoring.mimic_layers, revision=revision)
-    try:
-        tensors = runnable_tensors(model, reference, revision=revision) if scoring.run_reference else None
-    except ValueError as error:
-        raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
     named = {"model": options.model, "reference": reference, "revision": revision, "layers": scoring.mimic_layers}
     task = ScorePass(
         model,
         _transformed(rows, processor, options),
         direction,
-        reference=tensors,
+        reference=_runnable(model, reference, revision) if scoring.run_reference else None,
         batch_size=scoring.batch_size,
         sample_id_column=scoring.sample_id_column,
         loader_options={"num_workers": scoring.num_workers},
@@ -202,6 +199,15 @@ def _model(name: str, labels: list[str]) -> tuple[Any, Any, list[str]]:
     )
     made = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     return model, AutoImageProcessor.from_pretrained(name), made
+
+
+def _runnable(model: Any, reference: str, revision: str | None) -> Any:
+    from hf_mimic.reference_pass import runnable_tensors
+
+    try:
+        return runnable_tensors(model, reference, revision=revision)
+    except ValueError as error:
+        raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
 
 
 def _table(lines: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from hf_mimic.layers import WORDS
 from hf_mimic.losses import COUNTED, cross_entropy
 from hf_mimic.micro_batch import MicroBatch, batch_size
 from hf_mimic.mimic import MimicDirection, direction_norm
+from hf_mimic.pinned import PinnedReference
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import ReferenceScores, reference_bar, runnable_tensors, score_reference
 from hf_mimic.selection import RUN_THE_REFERENCE
@@ -58,9 +59,14 @@ class ReferenceSetup:
     def __init__(self, trainer: Any, reference: Reference | None) -> None:
         self.trainer, self.args = trainer, trainer.args
         self.reference: Any = reference
-        self.revision = self.args.reference_revision
+        self.pinned = PinnedReference(reference, self.args)
         self.head_cosine: float | None = None
         self._first_norm: float | None = None
+
+    @property
+    def sha(self) -> str | None:
+        """The commit at which all of the reference is read; None for what is not on the Hub."""
+        return self.pinned.sha
 
     # ---- before training -------------------------------------------------------------------------------------------
 
@@ -81,7 +87,7 @@ class ReferenceSetup:
                 )
             return
         if how != "keep":
-            changed = init_head(model, self.reference, how, revision=self.revision)
+            changed = init_head(model, self.reference, how, revision=self.sha)
             logger.warning("head_init=%r: %s of the model were replaced.", how, ", ".join(changed))
 
     def compare_heads(self) -> None:
@@ -90,7 +96,7 @@ class ReferenceSetup:
             return
         trainer, head = self.trainer, set(WORDS["head"](self.trainer.model))
         if head and (trainer.strategy in RUN_THE_REFERENCE or head <= set(trainer.direction.names)):
-            self.head_cosine = head_cosine(trainer.model, self.reference, revision=self.revision)
+            self.head_cosine = head_cosine(trainer.model, self.reference, revision=self.sha)
 
     def choose_strategy(self) -> str:
         """Return the strategy; for "auto", "trust" where the reference can judge labels, otherwise "mimic"."""
@@ -128,7 +134,7 @@ class ReferenceSetup:
         if not _has_ids(rows, self.args.sample_id_column):
             return f"the samples have no `{self.args.sample_id_column}`; {remedy}"
         try:
-            runnable_tensors(trainer.model, self.reference, revision=self.revision)
+            runnable_tensors(trainer.model, self.reference, revision=self.sha)
         except ValueError as error:
             return f"it cannot be run ({error}); {remedy}"
         return None
@@ -142,8 +148,9 @@ class ReferenceSetup:
             self.reference,
             self.args.mimic_layers,
             kind=self.args.direction,
-            base=self.args.reference_base_model,
-            revision=self.revision,
+            base=self.pinned.base,
+            revision=self.sha,
+            base_revision=self.pinned.base_sha,
         )
         norm = direction_norm(direction()).item()
         if not math.isfinite(norm):
@@ -172,7 +179,7 @@ class ReferenceSetup:
         if strategy not in RUN_THE_REFERENCE:
             return None
         rows, path = self.trainer.train_dataset, Path(self.args.output_dir) / SCORES_NAME
-        tensors = runnable_tensors(self.trainer.model, self.reference, revision=self.revision)
+        tensors = runnable_tensors(self.trainer.model, self.reference, revision=self.sha)
         fingerprint = _fingerprint(tensors, rows, self.args.sample_id_column)
         kept = [
             ReferenceScores.load(path, fingerprint=fingerprint) if resumed and not self.args.process_index else None
@@ -236,6 +243,13 @@ class ReferenceSetup:
         if self.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(tensors, str(Path(folder) / DIRECTION_NAME))
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on with the commits of the interrupted run, where a branch has moved since; `saved` is its checkpoint's."""
+        before = saved["phases"][-1]["settings"] if saved.get("phases") else {}
+        if self.pinned.resume(before, saved.get("reference_asked")) and self.trainer.direction is not None:
+            self.trainer.direction = self.direction(warn=False)
+            self.compare_heads()
 
     def resume_direction(self, folder: str | None) -> None:
         """Take theta_0 from where the interrupted run started, not from the model that was given now."""

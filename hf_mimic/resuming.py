@@ -66,6 +66,9 @@ class ResumingTrainer(Trainer):
         """Return what else a checkpoint must hold, as JSON values."""
         return {}
 
+    def before_resuming(self) -> None:
+        """Take from `_saved` what a resumed run must go on with."""
+
     def before_save(self, folder: str) -> None:
         """Write what must be on the disk before the checkpoint in `folder` counts."""
 
@@ -83,15 +86,18 @@ class ResumingTrainer(Trainer):
         self._saved = read_state(self.resumed_from) if self.resumed_from else {}
         self._run = self._saved.get("run") or uuid.uuid4().hex
         self._phases = list(self._saved.get("phases", []))
+        if self._saved:
+            self.before_resuming()
         self._compare_phase()
         return super().train(self.resumed_from, *args, **kwargs)
 
     def _compare_phase(self) -> None:
         settings, before = self.run_settings(), self._phases[-1]["settings"] if self._phases else None
-        if settings == before:
-            return
         if before is not None:
-            changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+            names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            if not names:
+                return
+            changed = [f"{name}: {before.get(name)!r} -> {settings.get(name)!r}" for name in names]
             warnings.warn(
                 f"the run is resumed with other settings ({'; '.join(changed)}): a new phase from step "
                 f"{self._saved['step']} on. Scores of different phases cannot be ranked against each other; "

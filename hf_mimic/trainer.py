@@ -205,13 +205,17 @@ class MimicTrainer(ResumingTrainer):
         if self.args.chooses:
             more = ("selection_rate", "refresh", "variant", "momentum", "warmup_epochs", "warmup_data")
             settings |= {name: getattr(self.args, name) for name in more}
-        reference = self.args.reference_model
         settings |= {"temperature": self.args.tau, "mimic_layers": list(self.args.mimic_layers)}
-        return {**settings, "reference_model": None if reference is None else str(reference)}
+        return settings | self.reference.pinned.settings()
 
     def run_state(self) -> dict[str, Any]:
         """Return the running temperature, the health, the ledger, and how many rows of scores must be there."""
-        return {**self.training.weighing.state(), "ledger": self._ledger, "score_rows": self.scores.count_stored()}
+        state = {"ledger": self._ledger, "score_rows": self.scores.count_stored()}
+        return {**self.training.weighing.state(), **state, "reference_asked": self.args.reference_revision}
+
+    def before_resuming(self) -> None:
+        """Read the reference where the interrupted run did."""
+        self.reference.resume(self._saved)
 
     def before_save(self, folder: str) -> None:
         """Write the scores up to the checkpoint, and where direction="start" started."""

@@ -256,6 +256,21 @@ def test_an_ensemble_of_several_scores(home, tmp_path, capsys):
     fails(capsys, 1, "Did you mean 'mimic_score'", lambda: main(["filter", *flags, "--expression", "top(mimic, 0.5)"]))
 
 
+def test_scores_name_the_commit_of_the_reference(home, tmp_path, hub, capsys):
+    repo = hub.create("user/scored")
+    commit = repo.commit(home / "reference")
+    flags = ["--reference_model", "user/scored", "--reference_revision", "main"]
+    assert score(home, tmp_path / "scores", *flags) == 0
+    settings = json.loads((tmp_path / "scores" / "scoring.json").read_text())
+    assert (settings["reference"], settings["revision"]) == ("user/scored", commit)
+    fails(
+        capsys,
+        1,
+        "hf-mimic score: user/scored: looking up v9 failed: there is no such branch, tag or commit. Take one that",
+        lambda: score(home, tmp_path / "scores", *flags[:3], "v9"),
+    )
+
+
 def test_score_in_shards_then_go_on(home, tmp_path, capsys):
     assert score(home, tmp_path / "whole", "--batch_size", "4") == 0
     capsys.readouterr()
