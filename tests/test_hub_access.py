@@ -64,6 +64,9 @@ def test_a_fine_grained_token_is_for_some_repos(hub, waits):
     api = HfApi(token=hub.token("user", "fine-grained", repos=["user/one"]))
     assert api.whoami()["auth"]["accessToken"]["role"] == "fineGrained"
     put(api, "user/one", {"a.txt": b"1"})
+    hub.create("user/three")
+    assert api.repo_exists("user/three")
+    assert status_of(put, api, "user/three", {"a.txt": b"1"})[0] == 403
     with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
         put(api, "user/two", {"a.txt": b"1"})
 

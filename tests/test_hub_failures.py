@@ -103,13 +103,17 @@ def test_a_slow_answer(hub, api):
     assert hub.requests("GET")[0].time >= start
 
 
-def test_content_that_is_not_what_was_announced(hub, api):
+def test_content_that_is_not_what_was_announced(hub):
     hub.create("user/sum")
-    url = f"{hub.url}/lfs/models/user/sum/{'0' * 64}"
-    assert get_session().put(url, content=b"x").status_code == 400
-    line = '{"key": "header", "value": {"summary": "s"}}\n{"key": "lfsFile", "value": {"path": "w.bin", "oid": "00"}}'
+    url, session = f"{hub.url}/lfs/models/user/sum/{'0' * 64}", get_session()
     headers = {"Authorization": f"Bearer {hub.token('user')}"}
-    answer = get_session().post(f"{hub.url}/api/models/user/sum/commit/main", content=line, headers=headers)
+    assert session.put(url, content=b"x").status_code == 400
+    assert session.put(f"{url}/1", content=b"x").status_code == 200
+    parts = {"oid": "0" * 64, "parts": [{"partNumber": 1, "etag": "another"}]}
+    assert "The parts are [1]" in session.post(f"{url}/complete", json=parts).json()["error"]
+    assert session.post(f"{url}/verify", json={"size": 1}, headers=headers).status_code == 404
+    line = '{"key": "header", "value": {"summary": "s"}}\n{"key": "lfsFile", "value": {"path": "w.bin", "oid": "00"}}'
+    answer = session.post(f"{hub.url}/api/models/user/sum/commit/main", content=line, headers=headers)
     assert (answer.status_code, answer.headers["x-error-message"][:11]) == (400, "LFS pointer")
 
 

@@ -148,12 +148,13 @@ def test_super_squash_and_auth_check(hub, api):
 def test_pull_requests(hub, api):
     api.create_repo("user/pulls")
     base = put(api, "user/pulls", {"a.txt": b"1", "gone.txt": b""}).oid
+    put(api, "user/pulls", {"other.txt": b"meanwhile"})
     operations = [CommitOperationAdd("a.txt", b"2"), CommitOperationDelete("gone.txt")]
     info = api.create_commit("user/pulls", operations, commit_message="change", create_pr=True, parent_commit=base)
     assert (info.pr_num, info.pr_revision) == (1, "refs/pr/1")
+    assert "other.txt" not in hub.repo("user/pulls").resolve("refs/pr/1").files  # it starts at `parent_commit`
     put(api, "user/pulls", {"w.bin": b"more"}, revision="refs/pr/1")
     assert hub.repo("user/pulls").files["a.txt"] == b"1"
-    put(api, "user/pulls", {"other.txt": b"meanwhile"})
     details = api.get_discussion_details("user/pulls", 1)
     assert details.status == "open"
     assert details.conflicting_files == []
