@@ -52,6 +52,8 @@ ARROWS: dict[str, set[str]] = {
     # what is said of a run and a selection, on the Hub
     "run_record": {"checks", "corpus_folder", "files"},
     "selection_record": {"run_record"},
+    "card_metadata": {"run_record"},
+    "card_merging": {"card_metadata"},
     # a corpus in shards
     "judge": {"files", "trust"},
     "processes": set(),
