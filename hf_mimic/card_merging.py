@@ -60,7 +60,8 @@ class Section:
     def __str__(self) -> str:
         if self.mark is None:
             return f"{self.head}\n{self.text}".strip("\n")
-        return f"{self.head}\n<!-- hf_mimic:{self.mark} -->\n\n{self.text}".strip("\n")
+        gap = "\n\n" if "\n" in self.head else "\n"
+        return f"{self.head}{gap}<!-- hf_mimic:{self.mark} -->\n\n{self.text}".strip("\n")
 
 
 def merge_card(existing: str | None, fresh: str) -> str:

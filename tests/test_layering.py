@@ -54,6 +54,18 @@ ARROWS: dict[str, set[str]] = {
     "selection_record": {"run_record"},
     "card_metadata": {"run_record"},
     "card_merging": {"card_metadata"},
+    "card_words": {"run_record"},
+    "card_run": {"card_words", "run_record", "selection"},
+    "card_selection": {"card_run", "card_words", "run_record", "selection_record"},
+    "cards": {
+        "card_merging",
+        "card_metadata",
+        "card_run",
+        "card_selection",
+        "card_words",
+        "run_record",
+        "selection_record",
+    },
     # a corpus in shards
     "judge": {"files", "trust"},
     "processes": set(),
