@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_mimic import data, losses, metrics, selection
     from hf_mimic.arguments import MimicTrainingArguments
+    from hf_mimic.curated import push_curated_dataset
     from hf_mimic.ensembles import EnsembleFilter
     from hf_mimic.expressions import CombinedFilter
     from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hf_mimic.samplers import DISSectBatchSampler
     from hf_mimic.scores import ScoreTable, attach_scores
     from hf_mimic.scoring import score_dataset
+    from hf_mimic.shared_scores import load_scores, push_scores
     from hf_mimic.trainer import MimicTrainer
 
 __version__ = "0.1.0"
@@ -39,7 +41,10 @@ _HOMES = {
     "attach_scores": "scores",
     "build_report": "report",
     "compare_datasets": "quality",
+    "load_scores": "shared_scores",
     "mimic_scores": "mimic",
+    "push_curated_dataset": "curated",
+    "push_scores": "shared_scores",
     "reference_direction": "mimic",
     "score_dataset": "scoring",
 }
@@ -63,9 +68,12 @@ __all__ = [
     "build_report",
     "compare_datasets",
     "data",
+    "load_scores",
     "losses",
     "metrics",
     "mimic_scores",
+    "push_curated_dataset",
+    "push_scores",
     "reference_direction",
     "score_dataset",
     "selection",

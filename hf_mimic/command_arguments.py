@@ -101,10 +101,27 @@ class FilterArguments:
 
     Args:
         dataset: The data set that was scored: Hub data set, folder or data file.
-        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`.
+        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`; or a Hub data set
+            that `hf-mimic push` wrote.
         output: Parquet file to write.
         split: Split of the data set.
         sample_id_column: Integer id column; added, in row order, if the data set has none.
+        keep_all: Write every row, with the columns `keep` and `reason`.
+    """
+
+    dataset: str
+    scores: str
+    output: str = "curated.parquet"
+    split: str = "train"
+    sample_id_column: str = "sample_id"
+    keep_all: bool = False
+
+
+@dataclass
+class RuleArguments:
+    """What decides which samples are kept.
+
+    Args:
         filter: The rule: trust (where the highest F1 is expected; the default where the reference was run), threshold
             (the papers' 1/b; the default where it was not), two_means, mixture, ensemble (of these two, over epochs,
             and of the trust). The last three keep everything where nothing tells two groups.
@@ -116,14 +133,8 @@ class FilterArguments:
         column: The score that two_means, mixture and top look at: mimic_score, clip_score, loss ...
         more_scores: For --filter ensemble: more folders of scores of the same data set, of other layers or seeds.
         drop_unscored: Leave out rows without a score, such as images that did not decode.
-        keep_all: Write every row, with the columns `keep` and `reason`.
     """
 
-    dataset: str
-    scores: str
-    output: str = "curated.parquet"
-    split: str = "train"
-    sample_id_column: str = "sample_id"
     filter: str | None = None
     expression: str | None = None
     min_trust: float | None = None
@@ -133,7 +144,42 @@ class FilterArguments:
     column: str | None = None
     more_scores: list[str] = field(default_factory=list)
     drop_unscored: bool = False
-    keep_all: bool = False
+
+
+@dataclass
+class PushArguments:
+    """Where on the Hub the curated data set goes: data, scores, decisions, card and figures, in one commit.
+
+    Args:
+        repo_id: "user/name" of the data set on the Hub; made if it is not there.
+        scores: Folder with score shards: <output_dir>/scores of a training run, or of `hf-mimic score`.
+        dataset: The data set that was scored: Hub data set, folder or data file. Without it only the scores are published,
+            for others to join by id with the data set that they have.
+        split: Split of the data set; the only one that is filtered and published.
+        sample_id_column: Integer id column; added, in row order, if the data set has none.
+        label_column: Column with the labels, for the counts by class; by default "label", if there is one.
+        group_columns: Columns by whose values the card tells who is dropped, too.
+        config_name: Configuration of the repo that the data become; scores and decisions are `scores` and `selection`.
+        revision: Branch to write to; made if it is not there.
+        create_pr: Open a pull request instead.
+        private: Make the repo private; one that is there must be.
+        num_proc: Processes that write the data's files.
+        commit_message: Of the commit.
+    """
+
+    repo_id: str
+    scores: str
+    dataset: str | None = None
+    split: str = "train"
+    sample_id_column: str = "sample_id"
+    label_column: str | None = None
+    group_columns: list[str] = field(default_factory=list)
+    config_name: str = "default"
+    revision: str | None = None
+    create_pr: bool = False
+    private: bool = False
+    num_proc: int | None = None
+    commit_message: str | None = None
 
 
 @dataclass

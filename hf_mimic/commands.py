@@ -15,7 +15,9 @@ from hf_mimic.command_arguments import (
     DemoArguments,
     EvaluateArguments,
     FilterArguments,
+    PushArguments,
     ReportArguments,
+    RuleArguments,
     ScoreArguments,
     evaluation_part,
     resume_point,
@@ -134,11 +136,18 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
     return _table({**lines, "scores": scoring.output_dir})
 
 
-def filter_rows(options: FilterArguments) -> str:
+def filter_rows(options: FilterArguments, rule: RuleArguments) -> str:
     """Attach the scores, decide what to keep, write Parquet."""
     from hf_mimic.filter_command import filter_data
 
-    return _table(filter_data(options))
+    return _table(filter_data(options, rule))
+
+
+def push(options: PushArguments, rule: RuleArguments) -> str:
+    """Publish the curated data set, or the scores alone, on the Hub."""
+    from hf_mimic.push_command import run_push
+
+    return _table(run_push(options, rule))
 
 
 def compare(options: CompareArguments) -> str:
@@ -225,7 +234,8 @@ COMMANDS: dict[str, tuple[Callable[..., str], Callable[[], list[Any]]]] = {
     "demo": (demo, lambda: [DemoArguments]),
     "train": (train, _training_arguments),
     "score": (score, lambda: [DataArguments, ScoreArguments]),
-    "filter": (filter_rows, lambda: [FilterArguments]),
+    "filter": (filter_rows, lambda: [FilterArguments, RuleArguments]),
+    "push": (push, lambda: [PushArguments, RuleArguments]),
     "evaluate": (evaluate, lambda: [EvaluateArguments]),
     "compare": (compare, lambda: [CompareArguments]),
     "report": (report, lambda: [ReportArguments]),

@@ -39,12 +39,14 @@ class FilterResult:
         keep: Booleans (N,).
         code: For each sample the place of its reason in `reasons` (N,).
         reasons: Sentences.
+        rule: What decided, in words; empty if nobody said.
     """
 
     sample_id: np.ndarray
     keep: np.ndarray
     code: np.ndarray
     reasons: tuple[str, ...]
+    rule: str = ""
 
     @property
     def reason(self) -> np.ndarray:

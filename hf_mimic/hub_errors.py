@@ -79,6 +79,15 @@ def status_of(error: BaseException) -> int | None:
     return None if response is None else int(response.status_code)
 
 
+def request_of(error: BaseException) -> tuple[str, str]:
+    """Return method and path of the request that failed, empty where it is not known."""
+    for each in _chain(error):
+        request = getattr(each, "_request", None) or getattr(getattr(each, "response", None), "_request", None)
+        if request is not None:
+            return str(request.method), str(request.url.path)
+    return "", ""
+
+
 def retry_after(error: BaseException) -> float | None:
     """Return how many seconds the Hub asks to wait: its `Retry-After` (seconds or a date) or exhausted `RateLimit`."""
     response = _response(error)
@@ -113,7 +122,7 @@ def is_transient(error: BaseException) -> bool:
     if status is not None:
         return _passes(status)
     cut_off = any("Consistency check failed" in str(each) for each in _chain(error))
-    return cut_off or _first(error, *_BROKEN_OFF, json.JSONDecodeError) is not None
+    return cut_off or _first(error, *_BROKEN_OFF, json.JSONDecodeError, UnicodeDecodeError) is not None
 
 
 def _passes(status: int) -> bool:

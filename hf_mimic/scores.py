@@ -55,7 +55,7 @@ class ScoreTable:
             FileNotFoundError: If the folder holds no shard.
         """
         table = cls(folder)
-        if not table._shards():
+        if not table.shards():
             raise FileNotFoundError(
                 f"{folder} must hold the score shards ({_SHARDS}) of a run, found none. "
                 "Give <output_dir>/scores of a MimicTrainer, or what `hf-mimic score` wrote."
@@ -126,13 +126,13 @@ class ScoreTable:
 
     def count_stored(self) -> int:
         """Return the number of rows on the disk, without reading them."""
-        return sum(read_shard(path, pq.read_metadata).num_rows for path in self._shards())
+        return sum(read_shard(path, pq.read_metadata).num_rows for path in self.shards())
 
     def truncate(self, step: int) -> None:
         """Drop the stored rows at `step` and later (a resumed run makes them again), and what broken writes left."""
         for left in self.folder.glob("steps-*.tmp") if self.folder is not None else ():
             left.unlink()
-        for path in self._shards():
+        for path in self.shards():
             rows = _read(path)
             kept = rows.filter(pa.compute.field("step") < step)
             if not len(kept):
@@ -143,7 +143,7 @@ class ScoreTable:
     def set_aside(self) -> Path | None:
         """Move the shards of an earlier run out of the way, to `<folder>-1`, `-2` ...; return where they went."""
         self.forget()
-        if self.folder is None or not self._shards():
+        if self.folder is None or not self.shards():
             return None
         others = [p.name for p in self.folder.iterdir() if not any(map(p.match, _OWN))]
         if others:
@@ -159,7 +159,7 @@ class ScoreTable:
     def to_arrow(self) -> pa.Table:
         """Return all rows, ordered by step; a sample that was visited twice in one step has one row, the last."""
         self._collect()
-        tables = [_read(path) for path in self._shards()] + self._tables
+        tables = [_read(path) for path in self.shards()] + self._tables
         rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         keys = np.stack([rows["step"].to_numpy(), rows["sample_id"].to_numpy()])
         order = np.lexsort(keys[::-1])  # stable
@@ -204,17 +204,18 @@ class ScoreTable:
 
     def _visits(self) -> Visits:
         self._collect()
-        return Visits(self._shards(), self._tables)
+        return Visits(self.shards(), self._tables)
 
     def _stamp(self) -> tuple[Any, ...]:
         """Return what tells whether rows came or went, in memory or on the disk."""
-        files = [(path.name, path.stat()) for path in self._shards()]
+        files = [(path.name, path.stat()) for path in self.shards()]
         return (self._version, *((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
     def __len__(self) -> int:
         return len(self._visits())
 
-    def _shards(self) -> list[Path]:
+    def shards(self) -> list[Path]:
+        """Return the paths of the stored shards."""
         return sorted(self.folder.glob(_SHARDS)) if self.folder is not None else []
 
     def _write(self, path: Path, rows: pa.Table) -> None:
@@ -232,8 +233,7 @@ class ScoreTable:
             self._buffer = []
 
 
-def _read(path: Path) -> pa.Table:
-    return read_shard(path, partial(pq.read_table, schema=SCHEMA))
+_read = partial(read_shard, read=partial(pq.read_table, schema=SCHEMA))  # Path -> pa.Table
 
 
 def attach_scores(

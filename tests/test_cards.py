@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from published import CARDS, CONFIGS, POOR, QUALITY, RICH, TRAINED, WRITTEN, poor_dataset_card, rich_dataset_card
 
 from hf_mimic.card_merging import merge_card
-from hf_mimic.card_words import code, escape, fenced, number, percent
+from hf_mimic.card_words import code, fenced, number, percent
 from hf_mimic.cards import dataset_card, model_card, scores_card
 from hf_mimic.run_record import RunRecord
 from hf_mimic.selection_record import Counts

@@ -1,0 +1,84 @@
+"""The splits of a data set to publish: which one is filtered, and one schema for all.
+
+Read `splits_of_rows`, then `aligned`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from hf_mimic.curation import keep_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def aligned(splits: Mapping[str, Dataset], first: str) -> dict[str, Dataset]:
+    """Return splits with the columns of the first: what the others lack is null there, so that one schema fits all.
+
+    Raises:
+        ValueError: If another split has a column that the first has not, or of another kind.
+    """
+    features = splits[first].features
+    found = {first: splits[first]}
+    for name, rows in splits.items():
+        if name == first:
+            continue
+        wrong = [c for c in rows.column_names if c not in features or rows.features[c] != features[c]]
+        if wrong:
+            raise ValueError(
+                f"all splits must have the columns of {first!r}, got {', '.join(wrong)} of {name!r} that it has not, or "
+                "of another type. Align them (`cast`, `remove_columns`), or publish the one split."
+            )
+        for column in features:
+            if column not in rows.column_names:
+                nulls = pa.nulls(len(rows), features.arrow_schema.field(column).type)
+                rows = rows.add_column(column, nulls, feature=features[column])
+        found[name] = rows.select_columns(list(features)).cast(features)
+    return found
+
+
+def splits_of_rows(dataset: Any, split: str | None) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of the split to filter, and all splits.
+
+    Raises:
+        ValueError: If there is none of this name, or one that looks like an evaluation split was not asked for by name.
+    """
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(dataset, DatasetDict):
+        name = split or "train"
+        if name not in dataset:
+            raise ValueError(
+                f"the data set must have the split {name!r}, got {', '.join(dataset)}. Name one: split=..."
+            )
+        _check_others(dataset, name)
+        return name, dict(dataset)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"a curated data set must be a Dataset or a DatasetDict, got a {type(dataset).__name__}. Load a stream whole first."
+        )
+    own = re.match(r"\w+", str(dataset.split or ""))
+    if split is None and own is not None and own[0] not in ("train", "all"):
+        raise ValueError(
+            f"only training data are filtered unless you say so, got the split {own[0]!r}. Say split={own[0]!r}, and that "
+            "results on it cannot be compared with others'."
+        )
+    return split or "train", {split or "train": dataset}
+
+
+def _check_others(splits: Mapping[str, Any], first: str) -> None:
+    dropping: Sequence[str] = [
+        name
+        for name, rows in splits.items()
+        if name != first and "keep" in rows.column_names and not pa.compute.all(keep_column(rows)).as_py()
+    ]
+    if dropping:
+        raise ValueError(
+            f"only the split {first!r} is filtered, got rows with keep=False in {', '.join(dropping)}. Remove the column "
+            "there, or publish that split by itself: split=..."
+        )

@@ -1,0 +1,204 @@
+"""A data set as files of a Hub repo: Parquet shards with their images as they are, and the metadata of its card.
+
+Read `write_split`, then `card_metadata`. Same rows, same files: what is pushed twice is recognised by its content.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_mimic.hub import Present
+
+MAX_SHARD_BYTES = 500 << 20  # as `datasets` writes them
+_DATA = (
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".arrow",
+    ".txt",
+    ".zip",
+    ".tar",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+)
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The shards of a split.
+
+    Args:
+        paths: Of the local files.
+        features: Of the rows.
+        rows: How many.
+        nbytes: Of the rows in Arrow.
+        pattern: Of their paths in the repo.
+    """
+
+    paths: tuple[Path, ...]
+    features: Any
+    rows: int
+    nbytes: int
+    pattern: str
+
+    def in_repo(self) -> dict[str, Path]:
+        """Return path in the repo to local file."""
+        folder = self.pattern.rpartition("/")[0]
+        return {f"{folder}/{path.name}": path for path in self.paths}
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+
+def write_split(
+    dataset: Dataset, folder: Path, split: str, *, max_shard_bytes: int = MAX_SHARD_BYTES, num_proc: int | None = None
+) -> SplitFiles:
+    """Write a data set as `<split>-00000-of-0000N.parquet`; bytes of images and sounds are copied, never decoded.
+
+    Args:
+        dataset: Any format or transform is left out.
+        folder: Made if it is not there; its name is that of the folder in the repo.
+        split: Its name.
+        max_shard_bytes: Of the rows in one file.
+        num_proc: Processes that write; the files do not depend on it.
+    """
+    from tqdm.auto import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = dataset.with_format(None)
+    number = max(1, min(len(plain), math.ceil(plain._estimate_nbytes() / max_shard_bytes)))
+    paths = tuple(folder / f"{split}-{i:05d}-of-{number:05d}.parquet" for i in range(number))
+    write = partial(_write_shard, plain, paths)
+    bar = partial(tqdm, total=number, desc=f"writing {split}", unit="shard", leave=False, disable=number == 1)
+    if num_proc is None or min(num_proc, number) < 2:
+        sizes = list(bar(map(write, range(number))))
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(num_proc, number)) as pool:
+            sizes = list(bar(pool.imap(write, range(number))))
+    return SplitFiles(paths, plain.features, len(plain), sum(sizes), f"{folder.name}/{split}-*")
+
+
+def _write_shard(dataset: Dataset, paths: tuple[Path, ...], index: int) -> int:
+    """Write one shard; return the bytes of its rows."""
+    import datasets
+    from datasets.features.features import require_storage_embed
+    from datasets.table import embed_table_storage
+
+    shard = dataset.shard(len(paths), index, contiguous=True)
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # one bar for all shards
+    try:
+        if any(map(require_storage_embed, dataset.features.values())):  # files that the rows name
+            arrow = shard.with_format("arrow")
+            shard = arrow.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True).with_format(None)
+        return shard.to_parquet(paths[index])
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def card_metadata(
+    card: str | None, configs: Mapping[str, Mapping[str, SplitFiles]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return `configs` and `dataset_info` of a card: those that it has, ours added or replaced.
+
+    NOTE: `Dataset.push_to_hub` keeps the features that the card had when columns are added, and the data set then does
+    not load (huggingface/datasets 8608); here features and splits of our configs are always those of the files.
+
+    Args:
+        card: The card that is there.
+        configs: Name of a config to its splits.
+    """
+    from datasets import DatasetInfo
+    from datasets.info import DatasetInfosDict
+    from datasets.splits import SplitDict, SplitInfo
+    from datasets.utils.metadata import MetadataConfigs
+
+    data = card_data(card)
+    there = MetadataConfigs.from_dataset_card_data(data)
+    known = DatasetInfosDict.from_dataset_card_data(data)
+    infos, entries = {}, {}
+    for name, splits in configs.items():
+        patterns = {files.pattern for files in splits.values()}
+        listed = there.get(name, {}).get("data_files")
+        kept = [
+            e for e in listed or [] if isinstance(e, dict) and e["split"] not in splits and e["path"] not in patterns
+        ]
+        before = (known[name].splits if name in known else None) or {}
+        found = SplitDict()
+        for split in (before[e["split"]] for e in kept if e["split"] in before):
+            found.add(split)
+        for split_name, files in splits.items():
+            found.add(SplitInfo(split_name, num_bytes=files.nbytes, num_examples=files.rows))
+        infos[name] = DatasetInfo(
+            features=next(iter(splits.values())).features,
+            splits=found,
+            download_size=None if kept else sum(files.stored for files in splits.values()),
+            dataset_size=sum(split.num_bytes for split in found.values()),
+            config_name=name,
+        )
+        ours = [{"split": split_name, "path": files.pattern} for split_name, files in splits.items()]
+        entries[name] = {"data_files": [*kept, *ours]}
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    MetadataConfigs(entries).to_dataset_card_data(data)
+    info = data["dataset_info"]
+    return {"configs": data["configs"], "dataset_info": info if isinstance(info, list) else [info]}
+
+
+def card_data(card: str | None) -> Any:
+    """Return the metadata of a card as `DatasetCardData`, without the parts that cannot be read."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    return deepcopy(DatasetCard(card, ignore_metadata_errors=True).data) if card else DatasetCardData()
+
+
+def splits_of(card: str | None, config: str) -> dict[str, Any]:
+    """Return the splits of a config that a card names: split to the features of its rows, None if it does not say."""
+    from datasets.info import DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+
+    data = card_data(card)
+    info = DatasetInfosDict.from_dataset_card_data(data).get(config)
+    features = None if info is None else info.features
+    named = MetadataConfigs.from_dataset_card_data(data).get(config, {}).get("data_files", [])
+    found = [entry["split"] for entry in named if isinstance(entry, dict)] if isinstance(named, list) else ["train"]
+    return dict.fromkeys([*found, *((info.splits or ()) if info is not None else ())], features)
+
+
+def stale_paths(present: Present, splits: Mapping[str, SplitFiles]) -> frozenset[str]:
+    """Return the files of these splits that are in the repo, to be replaced."""
+    prefixes = tuple(files.pattern.removesuffix("*") for files in splits.values())
+    return frozenset(path for path in present.paths if path.startswith(prefixes))
+
+
+def check_unlisted(present: Present) -> None:
+    """Refuse a repo whose data files no card lists: once the card lists ours, nobody would find them any more.
+
+    Raises:
+        ValueError: If there are such files.
+    """
+    if card_data(present.card).get("configs"):
+        return
+    others = sorted(path for path in present.paths if path.endswith(_DATA))
+    if others:
+        raise ValueError(
+            f"a repo to publish in must list its data under `configs` in README.md, got {len(others)} files that it does "
+            f"not, such as {others[0]}: `load_dataset` would no longer find them. Choose another repo, or list them first "
+            "(https://huggingface.co/docs/hub/datasets-manual-configuration)."
+        )

@@ -1,0 +1,72 @@
+"""What `hf-mimic push` does: decide as `hf-mimic filter` does, then publish; or publish the scores alone."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import MISSING, fields
+from typing import Any
+
+from hf_mimic.command_arguments import PushArguments, RuleArguments
+from hf_mimic.curated import push_curated_dataset
+from hf_mimic.data import load_rows
+from hf_mimic.filter_command import decided_rows
+from hf_mimic.hub import Published
+from hf_mimic.push_options import PushOptions
+from hf_mimic.run_record import public_name
+from hf_mimic.shared_scores import open_scores, push_scores
+
+
+def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
+    """Publish; return the lines of a table, name to value.
+
+    Raises:
+        HubError: If it cannot be published; the branch is as it was.
+        ValueError: If data set, scores and rule do not fit together, or nothing is kept.
+    """
+    where = PushOptions(
+        revision=options.revision,
+        create_pr=options.create_pr,
+        private=options.private or None,
+        commit_message=options.commit_message,
+        split=options.split,
+    )
+    if options.dataset is None:
+        if given := _flags(rule):
+            raise ValueError(f"a rule must come with a --dataset to filter, got {given} without one.")
+        table = open_scores(options.scores)
+        lines = {"samples": len(table.aggregate()), "visits": len(table)}
+        return lines | _told(push_scores(table, options.repo_id, **where))
+    given = load_rows(options.dataset, options.split)
+    rows, table, result = decided_rows(given, options.scores, rule, options.sample_id_column)
+    done = push_curated_dataset(
+        rows,
+        options.repo_id,
+        scores=table,
+        rule=result,
+        sample_id_column=options.sample_id_column,
+        label_column=options.label_column,
+        group_columns=options.group_columns,
+        drop_unscored=rule.drop_unscored,
+        config_name=options.config_name,
+        original_dataset=public_name(options.dataset),
+        command=f"hf-mimic push {_flags(options)} {_flags(rule)}".strip(),
+        num_proc=options.num_proc,
+        **where,
+    )
+    return {"rows": len(rows), "rule": result.rule} | _told(done)
+
+
+def _told(done: Published) -> dict[str, Any]:
+    lines = {"published" if done.changed else "nothing to do, it is there already": done.url, "commit": done.commit}
+    return lines | {"next": f'load_dataset("{done.repo_id}", revision="{done.commit}")'}
+
+
+def _flags(options: Any) -> str:
+    """Return the command line of the flags that are not at their defaults."""
+    words: list[str] = []
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        if value != default:
+            words += [f"--{entry.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)

@@ -1,0 +1,164 @@
+"""Scores on the Hub without the data: published by those who scored, joined by id by those who have the data set.
+
+Read `push_scores`, then `load_scores`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from typing_extensions import Unpack
+
+from hf_mimic.cards import scores_card
+from hf_mimic.hub import CARD, Contents, Present, Published, publish
+from hf_mimic.hub_datasets import SplitFiles, card_metadata, check_unlisted
+from hf_mimic.hub_errors import explain, hub_errors
+from hf_mimic.hub_files import verify
+from hf_mimic.parts import SCHEMA
+from hf_mimic.push_options import PushOptions, destination
+from hf_mimic.quality import QualityReport
+from hf_mimic.run_record import RECORD_NAME, RunRecord
+from hf_mimic.scores import ScoreTable
+
+FOLDER = "scores"
+
+
+def push_scores(table: ScoreTable, repo_id: str, **options: Unpack[PushOptions]) -> Published:
+    """Publish a score table: every visit, without images or captions, and a card that says how to join it.
+
+    Others call `load_scores(repo_id)` and `attach_scores`. All goes into one commit; what is there already is not sent.
+
+    Args:
+        table: At least one visit.
+        repo_id: Data set on the Hub, "user/name"; made if it is not there. It may hold the data set itself.
+        **options: See `PushOptions`.
+
+    Raises:
+        HubError: If it cannot be published; the branch is as it was.
+        ValueError: If there is no score, or an option is unknown.
+    """
+    to = destination(repo_id, options, PushOptions)
+    split = options.get("split", "train")
+    run = options.get("run") or record_of(table)
+    quality = quality_of(table)
+    with tempfile.TemporaryDirectory() as folder:
+        files = score_files(table, Path(folder), split)
+        columns = [name for name in SCHEMA.names if _has_values(files, name)]
+
+        def contents(present: Present) -> Contents:
+            check_unlisted(present)
+            card = scores_card(
+                run,
+                repo_id=repo_id,
+                metadata=card_metadata(present.card, {FOLDER: {split: files}}),
+                n_samples=len(table.aggregate()),
+                n_visits=files.rows,
+                columns=columns,
+                quality=quality,
+                existing=present.card,
+            )
+            return Contents({CARD: card.encode(), **in_repo(files, run)}, stale_scores(present))
+
+        return publish(to, contents, message=options.get("commit_message") or "Add scores")
+
+
+def load_scores(repo_id: str, *, revision: str | None = None, token: str | None = None) -> ScoreTable:
+    """Download the scores that `push_scores` or `push_curated_dataset` published.
+
+    Args:
+        repo_id: Data set on the Hub.
+        revision: Branch, tag or commit.
+        token: By default the one that `hf auth login` stored, or HF_TOKEN.
+
+    Raises:
+        HubError: If the repo cannot be read.
+        FileNotFoundError: If it has no scores.
+    """
+    patterns = [f"{FOLDER}/*.parquet", f"{FOLDER}/{RECORD_NAME}"]
+    try:
+        path = snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns)
+    except hub_errors() as error:
+        raise explain(error, repo_id, "reading the scores") from None
+    folder = Path(path) / FOLDER
+    for file in sorted(folder.glob("*")):
+        verify(file)
+    if not any(folder.glob("*.parquet")):
+        raise FileNotFoundError(
+            f"{repo_id} must hold scores ({FOLDER}/*.parquet), found none. Give a data set that hf_mimic.push_scores wrote."
+        )
+    return ScoreTable.load(folder)
+
+
+def open_scores(name: str) -> ScoreTable:
+    """Open a folder of score shards, or the scores of a Hub data set."""
+    if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "~", "/")):
+        return ScoreTable.load(name)
+    return load_scores(name)
+
+
+def record_of(table: ScoreTable) -> RunRecord:
+    """Return what lies beside the shards of a table; an empty record if nothing does."""
+    found = None if table.folder is None else RunRecord.read(table.folder)
+    return found or RunRecord()
+
+
+def quality_of(table: ScoreTable) -> dict[str, Any] | None:
+    """Return the quality report of a table, None where its scores tell nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said in the card
+        try:
+            return QualityReport.from_scores(table).as_dict()
+        except ValueError:
+            return None
+
+
+def score_files(table: ScoreTable, folder: Path, split: str) -> SplitFiles:
+    """Return the shards of a table as they are; of one in memory, or of an older version, new ones in `folder`.
+
+    Raises:
+        ValueError: If it has no row.
+    """
+    from datasets import Features
+
+    table.flush()
+    paths = table.shards()
+    if not paths or any(not pq.read_schema(path).equals(SCHEMA) for path in paths):
+        copy = ScoreTable(folder / FOLDER)
+        copy.extend(table)
+        copy.flush()
+        paths = copy.shards()
+    if not paths:
+        raise ValueError("a score table must have a row to be published, got none. Train or score first.")
+    rows = sum(pq.read_metadata(path).num_rows for path in paths)
+    width = sum(entry.type.bit_width for entry in SCHEMA) / 8
+    features = Features.from_arrow_schema(SCHEMA)
+    return SplitFiles(tuple(paths), features, rows, math.ceil(rows * width), f"{FOLDER}/*.parquet")
+
+
+def in_repo(files: SplitFiles, run: RunRecord) -> dict[str, Path | bytes]:
+    """Return path in the repo to file, of the shards and of the record of the run."""
+    text = json.dumps(run.as_dict(), indent=1, ensure_ascii=False) + "\n"
+    return {**files.in_repo(), f"{FOLDER}/{RECORD_NAME}": text.encode()}
+
+
+def stale_scores(present: Present) -> frozenset[str]:
+    """Return the files of earlier scores in a repo."""
+    return frozenset(path for path in present.paths if path.startswith(f"{FOLDER}/"))
+
+
+def _has_values(files: SplitFiles, name: str) -> bool:
+    for path in files.paths:
+        head = pq.read_metadata(path)
+        place = head.schema.names.index(name)
+        for number in range(head.num_row_groups):
+            told = head.row_group(number).column(place).statistics
+            if told is None or not told.has_null_count or told.null_count < head.row_group(number).num_rows:
+                return True
+    return False
