@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -131,6 +132,23 @@ class MimicTrainingArguments(TrainingArguments):
         self._check_temperature()
         self._check_smoothing()
         self._check_engine()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the token out: the Trainer pickles its arguments into training_args.bin, which it pushes to the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> MimicTrainingArguments:
+        """Copy with the token."""
+        return self._with(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MimicTrainingArguments:
+        """Copy with the token."""
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, values: dict[str, Any]) -> MimicTrainingArguments:
+        made = object.__new__(type(self))
+        made.__dict__.update(values)
+        return made
 
     def _join_processes(self) -> None:
         """Let `ddp_timeout` hold on the CPU too, where transformers 5.23 starts the process group without it."""

@@ -1,7 +1,7 @@
 """`MimicTrainer`: a `Trainer` whose loss weights each sample by its mimic score, and which records every score.
 
 Wiring only: mimic.py scores, selection.py and optimizer_step.py weigh, finite.py and padding.py say which samples
-count, engine.py knows the processes, resuming.py the checkpoints. The step itself is in scored_training.py.
+count, engine.py knows the processes, resuming.py and hub_trainer.py the checkpoints; the step is in scored_training.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hf_mimic.batch_selection import BatchSelection
 from hf_mimic.contrastive import NOT_FEATURES, clamp_scale, contrastive_loss, couples
 from hf_mimic.data import SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.engine import Engine, check_engine
+from hf_mimic.hub_trainer import HubTrainer
 from hf_mimic.ledger import Ledger
 from hf_mimic.losses import COUNTED, PerSampleLoss, loss_for_model, model_inputs
 from hf_mimic.micro_batch import batch_size
@@ -28,12 +29,11 @@ from hf_mimic.padding import EpochEnd
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import ReferenceScores
 from hf_mimic.reference_setup import ReferenceSetup
-from hf_mimic.resuming import ResumingTrainer
 from hf_mimic.scored_training import ScoredTraining
 from hf_mimic.scores import ScoreTable
 
 
-class MimicTrainer(ResumingTrainer):
+class MimicTrainer(HubTrainer):
     """Fine-tune on data that is partly wrong: every sample counts as much as its gradient pulls toward a reference.
 
     Takes what `Trainer` takes. Evaluation is unweighted. The log has, beside the weighted `loss`, `plain_loss`,

@@ -1,14 +1,22 @@
 """A trainer and the Hub: one commit of the reference for a whole run, and pushes that fail are told."""
 
+import copy
+import io
 import json
 import logging
+import pickle
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import models
 import pytest
+import torch
+from hub.server import failure
 from models import make_batch
 from oracles import identical
 from training import prepare, rows_of
 
+from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.checkpoints import STATE_NAME
 from hf_mimic.mimic import reference_direction
 
@@ -141,3 +149,121 @@ def test_a_checkpoint_that_does_not_know_its_commit(interrupted, tmp_path):
     with pytest.warns(UserWarning, match=rf"other settings \(reference_revision: None -> '{moved}'\)"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.reference.sha == moved
+
+
+# ---- pushes --------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aB3" * 11
+PUSHING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "hub_token": TOKEN}
+
+
+def pusher(folder, **options):
+    """Return a trainer that pushes its checkpoints to user/student, which it takes to be there."""
+    trainer = trainer_of(folder, None, **PUSHING | options)
+    trainer.args.push_to_hub, trainer.hub_model_id, trainer.push_in_progress = True, "user/student", None
+    return trainer
+
+
+def ended(error=None):
+    job = Future()
+    if error is None:
+        job.set_result("pushed")
+    else:
+        job.set_exception(error)
+    return job
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Return the jobs, in order, that uploading returns from now on."""
+    jobs = []
+    api = SimpleNamespace(upload_folder=lambda **options: jobs.pop(0))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    return jobs
+
+
+def of_pushes(warned):
+    """Return our warnings; those of the client about what it uploads are not ours."""
+    return [str(each.message) for each in warned if "pushing checkpoint" in str(each.message)]
+
+
+CLIENT = pytest.mark.filterwarnings("ignore:Cannot enable progress", "ignore:It seems that you are about to commit")
+
+
+@CLIENT
+def test_pushes_that_are_refused_are_told_and_training_ends(hub, tmp_path, caplog):
+    hub.faults.append(
+        lambda request: failure(403, "", f"read-only token {TOKEN}") if "/api/" in request.path else None
+    )
+    trainer = pusher(tmp_path)
+    with pytest.warns(UserWarning, match=r"user/student: pushing checkpoint-\d failed") as told:
+        trainer.train()
+    told = of_pushes(told)
+    assert told == [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    for step, text in zip((2, 4), told, strict=True):
+        assert text == (
+            f"user/student: pushing checkpoint-{step} failed: the token must not write to it (read-only token hf_***). "
+            "Log in with one that may write to user/student: hf auth login, or set HF_TOKEN. Training goes on, and the "
+            "next save pushes again; `trainer.push_to_hub()` sends what is missing."
+        )
+    assert trainer.failed_pushes == 2
+    assert trainer.state.global_step == 4
+
+
+@CLIENT
+def test_each_failed_push_is_told_once_and_others_are_not(tmp_path, uploads):
+    cancelled = Future()
+    cancelled.cancel()
+    uploads += [ended(ConnectionError("reset")), ended(), ended(), cancelled]
+    trainer = pusher(tmp_path, hub_strategy="all_checkpoints")
+    with pytest.warns(UserWarning, match="failed") as told:
+        trainer.train()
+    first, second = of_pushes(told)
+    assert "pushing checkpoint-2 failed: the connection to the Hub broke off (reset)" in first
+    assert "pushing checkpoint-4 failed: it was cancelled" in second
+    assert trainer.failed_pushes == 2
+    trainer._finish_current_push()
+    assert trainer.failed_pushes == 2
+
+
+@CLIENT
+def test_a_push_that_still_runs_at_the_next_save_is_told_at_the_end(tmp_path, uploads):
+    slow = Future()
+    uploads += [slow]
+    trainer = pusher(tmp_path)
+    trainer.push_in_progress = None
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-4"))  # is left out by the Trainer
+    assert trainer.failed_pushes == 0
+    slow.set_exception(OSError("slow"))
+    with pytest.warns(UserWarning, match="pushing checkpoint-2 failed: slow"):
+        trainer._finish_current_push()
+
+
+# ---- the token -----------------------------------------------------------------------------------------------------
+
+
+def test_pickled_arguments_hold_no_token_and_copies_do(tmp_path):
+    args = MimicTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", hub_token=TOKEN, learning_rate=0.25)
+    file = io.BytesIO()
+    torch.save(args, file)
+    assert TOKEN.encode() not in file.getvalue()
+    assert TOKEN.encode() in pickle.dumps(dict(args.__dict__))  # that is where it would be
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert (again.hub_token, again.learning_rate) == (None, 0.25)
+    assert {**again.__dict__, "hub_token": TOKEN}.keys() == args.__dict__.keys()
+    for copied in (copy.copy(args), copy.deepcopy(args)):
+        assert type(copied) is MimicTrainingArguments
+        assert copied.hub_token == TOKEN
+    assert copy.deepcopy(args).mimic_layers is not args.mimic_layers
+    assert copy.copy(args).mimic_layers is args.mimic_layers
+
+
+def test_what_a_run_saves_holds_no_token(tmp_path):
+    trainer = trainer_of(tmp_path, None, hub_token=TOKEN, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    saved = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", STATE_NAME, "config.json"} <= {path.name for path in saved}
+    assert [path for path in saved if TOKEN.encode() in path.read_bytes()] == []
