@@ -38,7 +38,8 @@ class MimicTrainingArguments(TrainingArguments):
     Args:
         reference_model: Hub repo id or folder of the reference. For scores only the chosen tensors are read; for
             strategies that run it, all of them.
-        reference_revision: Branch, tag or commit of the reference's Hub repo.
+        reference_revision: Branch, tag or commit of the reference's Hub repo. A branch is looked up once: a run, resumed
+            or not, reads one commit.
         reference_base_model: The checkpoint that the reference was fine-tuned from, for direction="task_vector"; by
             default the one that the reference's card names.
         mimic_layers: Parameters to score with: "head", "last_mlp", "last_block", "all", names, suffixes or regular

@@ -211,7 +211,8 @@ def _of_status(error: BaseException, status: int | None, repo_id: str, writing: 
     wait = retry_after(error)
     later = "Try again " + ("later" if wait is None else f"in {wait:.0f} seconds") + f"; {_kept(writing)}"
     if status == 401:
-        return ("the Hub does not know the token" if get_token() else "no token was given"), _LOG_IN
+        unknown = get_token() or "Invalid credentials" in _answer(error)
+        return ("the Hub does not know the token" if unknown else "no token was given"), _LOG_IN
     if status == 403:
         allowed = "write to" if writing else "read"
         return (

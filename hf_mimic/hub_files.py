@@ -22,7 +22,12 @@ from huggingface_hub import (
     is_offline_mode,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from hf_mimic.hub_errors import HubError, explain, hub_errors, is_transient, retry_after
 
@@ -123,7 +128,7 @@ def _is_repo(reference: str | Path) -> bool:
 
 def _refusal(error: BaseException, repo_id: str, step: str, repo_type: str) -> HubError:
     """Explain an error; a repo that is not there may be one of another type, under the same name."""
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         for other in _KINDS.keys() - {repo_type}:
             try:
                 HfApi().repo_info(repo_id, repo_type=other)
@@ -197,13 +202,15 @@ def verify(path: Path) -> Path:
     cached = _Cached.of(path)
     if cached is None or _stamp(path) in _verified:
         return path
+    step = f"verifying {cached.name}"
     try:
         wrong = _difference(cached)
         if wrong is not None:
+            step = f"downloading {cached.name} again, which was damaged in the cache,"
             cached.again()
             wrong = _difference(cached)
     except hub_errors() as error:
-        raise explain(error, cached.repo_id, f"verifying {cached.name}") from None
+        raise explain(error, cached.repo_id, step) from None
     if wrong is not None:
         expected, found = wrong
         raise HubError(

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
-from hf_mimic.hub_errors import explain, told
+from hf_mimic.hub_errors import explain, hub_errors, told
 from hf_mimic.resuming import ResumingTrainer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,18 @@ class HubTrainer(ResumingTrainer):
         super().__init__(*args, **kwargs)
         self.failed_pushes = 0
         self._pushes: dict[Future, str] = {}  # those that nobody has looked at, and what they push
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repo that checkpoints go to, if it is not there; say what must be done where that is refused.
+
+        Raises:
+            HubError: If it cannot be created.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except hub_errors() as error:
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            raise explain(error, name, "creating the repo", writing=True) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._look_at_pushes()

@@ -170,15 +170,18 @@ def _locate_weights(reference: str | Path, revision: str | None) -> dict[str, st
             f"the reference must have safetensors weights, {reference} has only {pickles[0]}, and reading that would "
             "unpickle code from it. Convert it once: from_pretrained(...).save_pretrained(...) on a trusted machine."
         )
-    if on_hub(reference) and is_offline_mode():
-        remedy = "Unset HF_HUB_OFFLINE, or load it once before"
-        raise HubError(
-            str(reference), "reading the weights", "HF_HUB_OFFLINE is set, and they are not in the cache", remedy
-        )
+    _needs_the_hub(reference, "the weights")
     raise FileNotFoundError(
         f"no model.safetensors, model.safetensors.index.json or adapter_model.safetensors in {reference}. "
         "Give a Hub repo id or a folder that `save_pretrained` wrote."
     )
+
+
+def _needs_the_hub(reference: str | Path, what: str) -> None:
+    """Raise if what was not found may be on the Hub, which must not be asked."""
+    if on_hub(reference) and is_offline_mode():
+        remedy = "Unset HF_HUB_OFFLINE, or load it once before"
+        raise HubError(str(reference), f"reading {what}", "HF_HUB_OFFLINE is set, and it is not in the cache", remedy)
 
 
 def _open(path: Path) -> Any:
@@ -201,6 +204,7 @@ def _read_files(reference: str | Path, model: nn.Module, names: list[str], revis
     for name, stored_names in sorted(by_file.items()):
         path = find_file(reference, name, revision)
         if path is None:
+            _needs_the_hub(reference, name)
             raise FileNotFoundError(f"{reference} lists {name} in its index but does not have it.")
         with _open(path) as file:
             tensors.update({key: file.get_tensor(key) for key in stored_names})

@@ -179,3 +179,14 @@ def loses_a_process(folder: Path, *, how: str) -> dict[str, Any]:
 
     splits.train("vit", "2p8", folder, trainer_class=Trainer, num_train_epochs=4, ddp_timeout=5)
     return {}
+
+
+def pinned(folder: Path, *, repo_id: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the commit at which a trainer reads its reference on the Hub, and a tensor of it; or the error."""
+    splits.AcceleratorState._reset_state()
+    rows = rows_of(models.make_batch("vit", size=16))
+    try:
+        trainer = prepare(models.make("vit"), folder, rows=rows, reference=repo_id, reference_revision=revision)
+    except OSError as error:
+        return {"error": str(error)}
+    return {"sha": trainer.reference.sha, "bias": trainer.direction.tensors["classifier.bias"]}

@@ -269,6 +269,9 @@ def test_scores_name_the_commit_of_the_reference(home, tmp_path, hub, capsys):
         "hf-mimic score: user/scored: looking up v9 failed: there is no such branch, tag or commit. Take one that",
         lambda: score(home, tmp_path / "scores", *flags[:3], "v9"),
     )
+    hub.create("user/labels", "datasets")
+    message = "user/labels: looking up the main branch failed: it is a data set, not a model. Give the repo of a model"
+    fails(capsys, 1, message, lambda: score(home, tmp_path / "scores", "--reference_model", "user/labels"))
 
 
 def test_score_in_shards_then_go_on(home, tmp_path, capsys):

@@ -14,10 +14,12 @@ import torch
 from hub.server import failure
 from models import make_batch
 from oracles import identical
+from test_distributed import launch
 from training import prepare, rows_of
 
 from hf_mimic.arguments import MimicTrainingArguments
 from hf_mimic.checkpoints import STATE_NAME
+from hf_mimic.hub_errors import HubError
 from hf_mimic.mimic import reference_direction
 
 
@@ -151,6 +153,33 @@ def test_a_checkpoint_that_does_not_know_its_commit(interrupted, tmp_path):
     assert trainer.reference.sha == moved
 
 
+@pytest.mark.slow
+def test_two_processes_read_one_commit_that_the_first_looked_up(hub, tmp_path):
+    repo, _ = publish(hub, "user/shared", tmp_path / "first", seed=1)
+    second = models.make("vit", seed=2)
+    second.save_pretrained(tmp_path / "second")
+
+    def push(request):
+        if request.path == "/api/models/user/shared":
+            repo.commit(tmp_path / "second")
+
+    hub.faults.append(lambda request: hub_answer(hub, request, push))
+    found = launch(
+        [
+            ("pinned", "pinned", {"repo_id": "user/shared"}),
+            ("missing", "pinned", {"repo_id": "user/shared", "revision": "v9"}),
+        ],
+        tmp_path,
+    )
+    assert len(repo.commits) == 3  # it was looked up once
+    assert {found["pinned", rank]["sha"] for rank in (0, 1)} == commits_read(hub, "user/shared")
+    assert torch.equal(found["pinned", 0]["bias"], found["pinned", 1]["bias"])
+    assert not torch.equal(found["pinned", 0]["bias"], second.classifier.bias)
+    told = {found["missing", rank]["error"] for rank in (0, 1)}
+    assert len(told) == 1
+    assert "user/shared: looking up v9 failed: there is no such branch, tag or commit" in told.pop()
+
+
 # ---- pushes --------------------------------------------------------------------------------------------------------
 
 TOKEN = "hf_" + "aB3" * 11
@@ -188,6 +217,21 @@ def of_pushes(warned):
 
 
 CLIENT = pytest.mark.filterwarnings("ignore:Cannot enable progress", "ignore:It seems that you are about to commit")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "expected"),
+    [
+        (401, "Invalid credentials in Authorization header", r"the Hub does not know the token\. Log in"),
+        (401, "Invalid username or password.", r"no token was given\. Log in"),
+        (403, "read-only", r"the token must not write to it \(read-only\)\. Log in with one that may write"),
+        (503, "out of order", r"the Hub answered 503 \(out of order\)\. Try again later"),
+    ],
+)
+def test_a_repo_that_cannot_be_made_for_the_checkpoints(hub, tmp_path, status, message, expected):
+    hub.faults.append(lambda request: failure(status, "", message) if request.method == "POST" else None)
+    with pytest.raises(HubError, match=rf"^user/student: creating the repo failed: {expected}"):
+        trainer_of(tmp_path, None, push_to_hub=True, hub_model_id="user/student")
 
 
 @CLIENT

@@ -124,6 +124,16 @@ def test_offline_without_cache(hub, tmp_path, monkeypatch):
             reference_direction(models.make("vit"), "user/uncached", revision=revision)
 
 
+def test_offline_with_a_part_of_the_cache(hub, tmp_path, monkeypatch):
+    student, reference = pair("vit")
+    publish(hub, "user/partial", reference, tmp_path, max_shard_size="50KB")
+    head = reference_direction(student, "user/partial")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert identical(reference_direction(student, "user/partial"), head)
+    with pytest.raises(HubError, match=r"reading model-0000\d-of-00003.safetensors failed: HF_HUB_OFFLINE is set"):
+        reference_direction(student, "user/partial", "all")
+
+
 def test_a_branch_that_moves_while_it_is_read(hub, tmp_path):
     student, first = pair("vit")
     repo, _ = publish(hub, "user/busy", first, tmp_path / "first", max_shard_size="50KB")
