@@ -60,6 +60,25 @@ def _named_by_card(card: Path | None) -> Any:
         return None
 
 
+def pin_base(base: Reference | None) -> str | None:
+    """Return the commit of the base's main branch, None for what is not on the Hub.
+
+    Raises:
+        ValueError: If it cannot be looked up; says that it is the base, and the alternatives.
+    """
+    try:
+        return pin(base)
+    except (OSError, ValueError) as error:
+        raise _unreadable(base, error) from error
+
+
+def _unreadable(base: Reference | None, error: Exception) -> ValueError:
+    given = base if isinstance(base, (str, Path)) else type(base).__name__
+    return ValueError(
+        f"the reference's base model must have the chosen parameters, {given} could not be read: {error}\n{_REMEDY}"
+    )
+
+
 def read_base_tensors(
     base: Reference,
     model: nn.Module,
@@ -88,10 +107,7 @@ def read_base_tensors(
         own = [name for name in names if name not in head] if _has_other_labels(base, model, revision) else names
         found = read_tensors(base, model, own, revision=revision, optional=head, same_labels=False)
     except (OSError, ValueError) as error:
-        given = base if isinstance(base, (str, Path)) else type(base).__name__
-        raise ValueError(
-            f"the reference's base model must have the chosen parameters, {given} could not be read: {error}\n{_REMEDY}"
-        ) from error
+        raise _unreadable(base, error) from error
     return {name: found[name] if name in found else like[name].new_zeros(like[name].shape) for name in names}
 
 

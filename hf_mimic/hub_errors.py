@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 _TRANSIENT = (408, 409, 412, 429)  # and every 5xx
 _BROKEN_OFF = (httpx2.TransportError, ConnectionError, TimeoutError)
 _OURS_TO_MEND = (OfflineModeIsEnabled, httpx2.ProxyError, httpx2.UnsupportedProtocol)  # trying again does not help
-_TOKEN = re.compile(r"\bhf_(?:[a-z]+_)?[A-Za-z0-9][A-Za-z0-9.\-]{15,}|(?<=Bearer )\S+")
+_TOKEN = re.compile(r"\b(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9]{16,}[\w.\-]*|(?<=Bearer )\S+")
 _LOG_IN = "Log in (hf auth login), or set HF_TOKEN"
 
 
@@ -179,7 +179,7 @@ def _of_kind(error: BaseException, repo_id: str) -> tuple[str, str] | None:
     if _first(error, GatedRepoError):
         return (
             "access to this repo must be granted",
-            f"Ask for access at {page}, then log in with that account. {_LOG_IN}",
+            f"Ask for access at {page}; then log in with that account (hf auth login), or set HF_TOKEN",
         )
     if _first(error, RepositoryNotFoundError):
         return _not_found(error)

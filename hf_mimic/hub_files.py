@@ -10,11 +10,12 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import (
     _CACHED_NO_EXIST,
     HfApi,
+    constants,
     file_exists,
     get_hf_file_metadata,
     hf_hub_download,
@@ -44,6 +45,13 @@ def on_hub(reference: object) -> bool:
     return isinstance(reference, str) and not Path(reference).is_dir() and not reference.startswith((".", "/", "~"))
 
 
+class _AskInTime(HfApi):
+    """Gives up on a Hub that does not answer; the client itself would wait for ever, with all there is in the cache."""
+
+    def repo_info(self, *args: Any, **kwargs: Any) -> Any:
+        return super().repo_info(*args, timeout=constants.HF_HUB_ETAG_TIMEOUT, **kwargs)
+
+
 def pin(reference: object, revision: str | None = None, *, repo_type: str = "model") -> str | None:
     """Return the commit (40 hexadecimal digits) that a branch or tag names now; None for what is not on the Hub.
 
@@ -66,7 +74,7 @@ def pin(reference: object, revision: str | None = None, *, repo_type: str = "mod
     repo, pauses = str(reference), list(_PAUSES)
     while True:
         try:
-            found = HfApi().resolve_revision(
+            found = _AskInTime().resolve_revision(
                 repo, revision=revision, repo_type=repo_type, local_files_only=is_offline_mode()
             )
         except hub_errors() as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mimic.base_model import find_base_model
+from hf_mimic.base_model import find_base_model, pin_base
 from hf_mimic.hub_files import pin
 from hf_mimic.processes import Processes
 from hf_mimic.reference import Reference
@@ -27,7 +27,7 @@ class PinnedReference:
 
     Raises:
         HubError: If there is no such repo or revision, it is closed to this login, or the Hub cannot be asked.
-        ValueError: If direction="task_vector" and no base is named.
+        ValueError: If direction="task_vector" and no base is named, or it cannot be read.
     """
 
     def __init__(self, reference: Reference | None, args: Any) -> None:
@@ -39,7 +39,7 @@ class PinnedReference:
         sha, base = pin(self.reference, self.args.reference_revision), None
         if self.reference is not None and self.args.direction == "task_vector":
             base = self.args.reference_base_model or find_base_model(self.reference, revision=sha)
-        return sha, base, pin(base)
+        return sha, base, pin_base(base)
 
     def settings(self) -> dict[str, Any]:
         """Return what scores depend on: the names and the commits."""

@@ -149,12 +149,13 @@ def test_no_token_and_no_query_is_told(monkeypatch):
     text = told(
         OSError(
             f"Bearer abc.def refused\nfor {TOKEN} hf_oauth_{'x1' * 20} s3cret an-organisation's-own\n"
-            "at https://user:word@host/a/b?X-Signature=abc&y=1 in hf_mimic with hf_transfer"
+            "at https://user:word@host/a/b?X-Signature=abc&y=1 in me/hf_mimic_vit-base-patch16 with hf_transfer"
         ),
         token="s3cret",
     )
     assert text == (
-        "Bearer hf_*** refused for hf_*** hf_*** hf_*** hf_*** at https://host/a/b in hf_mimic with hf_transfer"
+        "Bearer hf_*** refused for hf_*** hf_*** hf_*** hf_*** at https://host/a/b in me/hf_mimic_vit-base-patch16 with "
+        "hf_transfer"
     )
     explained = explain(http_error(400, message=f"bad {TOKEN} at https://host/x?sig=1"), "user/rows", "committing")
     assert TOKEN not in repr(explained) + pickle.dumps(explained).decode("latin-1")

@@ -1,6 +1,7 @@
 """`pin`, `find_file` and `verify`: one commit for all files, no request too many, and no wrong bytes."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,22 @@ def test_a_hub_that_fails_once_is_asked_again_after_the_time_that_it_names(hub, 
     hub.faults.append(lambda request: answers.pop() if answers else None)
     assert pin("user/flaky") == head
     assert pauses == [1, 9]
+
+
+def test_a_hub_that_does_not_answer(hub, pauses, monkeypatch):
+    head = hub.create("user/silent").commit({"config.json": b"{}"})
+    assert pin("user/silent") == head
+    answer = threading.Event()
+    hub.faults.append(lambda request: answer.wait(20) and None)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    try:
+        assert pin("user/silent") == head  # from the cache
+        with pytest.raises(
+            HubError, match=r"looking up v1 failed: the Hub does not answer, and it is not in the cache"
+        ):
+            pin("user/silent", "v1")
+    finally:
+        answer.set()
 
 
 def test_a_repo_of_another_type(hub):

@@ -91,6 +91,15 @@ def hub_answer(hub, request, afterwards):
         afterwards(request)
 
 
+def test_a_base_that_is_not_there(hub, tmp_path):
+    publish(hub, "user/baseless", tmp_path / "first", seed=1, **{"README.md": b"---\nbase_model: user/gone\n---\n"})
+    with pytest.raises(
+        ValueError, match=r"base model must .* user/gone could not be read: .* there is no model"
+    ) as told:
+        trainer_of(tmp_path, "user/baseless", direction="task_vector")
+    assert "Name it as `reference_base_model`" in str(told.value)
+
+
 def test_settings_of_a_reference_that_is_not_on_the_hub(tmp_path):
     models.make("vit", seed=1).save_pretrained(tmp_path / "reference")
     found = trainer_of(tmp_path / "out", tmp_path / "reference").run_settings()
