@@ -8,17 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_mimic.card_words import UNKNOWN, escape, fenced, number, percent, python, repo_link, table, value
+from hf_mimic.card_words import UNKNOWN, escape, fenced, number, percent, python, repo_link, shell, table, value
 from hf_mimic.run_record import RunRecord, hub_id
-from hf_mimic.selection import DISSECT, NEED_A_REFERENCE
+from hf_mimic.selection import DISSECT, NEED_A_REFERENCE, ONLY_SELECT
 
-_FIRST = {  # settings that come first
-    "mimic_layers": "layers of the mimic score",
-    "direction": "direction",
-    "temperature": "temperature",
-    "strategy": "strategy",
-}
-_WEIGHTS = ("temperature", "strategy")  # which a pass without training has not
+_FIRST = ("strategy", "mimic_layers", "direction", "temperature")  # settings that come first
 _KINDS = {
     "training": "recorded at every visit, while the model was trained",
     "scoring": "of the model as it is, without training",
@@ -28,6 +22,7 @@ _SIGNALS = {
     "score_trust_correlation": "with the reference's trust in the labels",
     "score_fit_correlation": "with how well the model itself fits the sample",
 }
+_WIDTH = 80
 _EVIDENCE = {
     "trust": "a model of the label noise, fitted to the reference's predictions and the given labels",
     "votes": "filters that each see two groups of scores",
@@ -35,13 +30,15 @@ _EVIDENCE = {
 PAPERS = {
     "mimic": """@article{huang2025evaluating,
   title = {Evaluating Sample Utility for Efficient Data Selection by Mimicking Model Weights},
-  author = {Huang, Tzu-Heng and Bilkhu, Manjot and Cooper, John and Sala, Frederic and Movellan, Javier},
+  author = {Huang, Tzu-Heng and Bilkhu, Manjot and Cooper, John and Sala, Frederic and
+            Movellan, Javier},
   journal = {arXiv preprint arXiv:2501.06708},
   year = {2025}
 }""",
     "dissect": """@article{zhao2025differential,
   title = {Differential-informed Sample Selection Accelerates Multimodal Contrastive Learning},
-  author = {Zhao, Zihua and Hong, Feng and Chen, Mengxi and Chen, Pengyi and Liu, Benyuan and Yao, Jiangchao and Zhang, Ya and Wang, Yanfeng},
+  author = {Zhao, Zihua and Hong, Feng and Chen, Mengxi and Chen, Pengyi and Liu, Benyuan and
+            Yao, Jiangchao and Zhang, Ya and Wang, Yanfeng},
   journal = {arXiv preprint arXiv:2507.12998},
   year = {2025}
 }""",
@@ -66,7 +63,7 @@ def run_words(run: RunRecord, quality: Mapping[str, Any] | None) -> dict[str, An
         "uses_reference": uses_reference(run),
         "reference": repo_link(run.reference_model, run.reference_revision),
         "papers": fenced("\n\n".join([PAPERS["mimic"], *([PAPERS["dissect"]] if dissect else [])]), "bibtex"),
-        "command": fenced(run.command, "bash") if run.command else "",
+        "command": fenced(shell(run.command), "bash") if run.command else "",
         "load_original": load_line(run.dataset, run.dataset_revision, run.split),
     }
 
@@ -84,12 +81,9 @@ def run_rows(run: RunRecord) -> list[tuple[str, str]]:
     rows.append(("data set", _with_revision(run.dataset, run.dataset_revision, "dataset")))
     if run.split is not None:
         rows.append(("split", f"{escape(run.split)}"))
-    rows += [(name, value(run.settings.get(key))) for key, name in _FIRST.items() if _belongs(key, run)]
-    rows += [
-        (escape(key.replace("_", " ")), value(given))
-        for key, given in run.settings.items()
-        if key not in _FIRST and given is not None
-    ]
+    rows += [(f"`{key}`", value(run.settings.get(key))) for key in _FIRST if _belongs(key, run)]
+    others = {key: given for key, given in run.settings.items() if key not in _FIRST and given is not None}
+    rows += [(f"`{key}`" if key.isidentifier() else escape(key), value(given)) for key, given in others.items()]
     seeds = ", ".join(f"{escape(name)} {seed}" for name, seed in run.seeds.items())
     versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in run.versions.items())
     return [*rows, ("seeds", seeds or UNKNOWN), ("versions", versions or UNKNOWN)]
@@ -99,7 +93,10 @@ def _belongs(key: str, run: RunRecord) -> bool:
     """Whether a setting is said even where it is not known."""
     if run.settings.get(key) is not None:
         return True
-    return run.kind != "scoring" if key in _WEIGHTS else uses_reference(run)
+    if key in ("mimic_layers", "direction"):
+        return uses_reference(run)
+    weighs = key == "strategy" or run.settings.get("strategy") not in ("uniform", *ONLY_SELECT)
+    return run.kind != "scoring" and weighs
 
 
 def uses_reference(run: RunRecord) -> bool:
@@ -114,10 +111,20 @@ def is_unhealthy(run: RunRecord) -> bool | None:
     return None if verdict is None else bool(verdict)
 
 
+def source_of_mistakes(run: RunRecord) -> str:
+    """Return whose mistakes are in a score, as an item of a list."""
+    if not uses_reference(run):
+        return "- The scores come from the model itself: what it finds hard looks bad, wrong or not."
+    return (
+        "- A score sees only what its reference knows. What the reference has never seen, or sees wrongly, gets a bad "
+        "score although it is right: its mistakes and its biases are handed on."
+    )
+
+
 def signals(run: RunRecord) -> str:
     """Return the correlations behind the verdict."""
     known = {name: run.health.get(name) for name in _SIGNALS}
-    told = ", ".join(f"{_SIGNALS[name]} {found:.2f}" for name, found in known.items() if found is not None)
+    told = ", ".join(f"{_SIGNALS[name]}: {found:.2f}" for name, found in known.items() if found is not None)
     return f"correlation {told}" if told else ""
 
 
@@ -152,13 +159,14 @@ def noise_words(quality: Mapping[str, Any] | None) -> str:
 
 
 def load_line(dataset: str | None, revision: str | None, split: str | None) -> str:
-    """Return the line of Python that loads a data set from the Hub at its commit, "" if it is not there."""
+    """Return the Python that loads a data set from the Hub at its commit, "" if it is not there."""
     if hub_id(dataset) is None or dataset is None:
         return ""
     options = [python(dataset)]
     options += [f"revision={python(revision)}"] if revision else []
     options += [f"split={python(split)}"] if split else []
-    return f"load_dataset({', '.join(options)})"
+    line = f"load_dataset({', '.join(options)})"
+    return line if len(line) <= _WIDTH else "load_dataset(\n" + "".join(f"    {option},\n" for option in options) + ")"
 
 
 def _with_revision(name: str | None, revision: str | None, kind: str = "model") -> str:

@@ -8,8 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_mimic.card_run import load_line
-from hf_mimic.card_words import UNKNOWN, code, escape, fenced, named, number, percent, python, repo_link, table, value
+from hf_mimic.card_run import load_line, source_of_mistakes
+from hf_mimic.card_words import (
+    UNKNOWN,
+    code,
+    escape,
+    fenced,
+    named,
+    number,
+    percent,
+    python,
+    repo_link,
+    shell,
+    table,
+    value,
+)
 from hf_mimic.run_record import RunRecord, hub_id
 from hf_mimic.selection_record import Counts, SelectionRecord
 
@@ -128,7 +141,7 @@ def _splits_words(record: SelectionRecord) -> str:
     if not others:
         return f"Only the split {code(record.split)} is here, and it was filtered."
     are = "are as they were" if len(others) > 1 else "is as it was"
-    return f"Only the split {code(record.split)} was filtered. {named([code(n) for n in others])} {are}: not scored, not filtered."
+    return f"Only the split {code(record.split)} was filtered. {named([code(n) for n in others])} {are}."
 
 
 def _splits_of(configs: Any, name: str, split: str) -> str:
@@ -157,9 +170,9 @@ def _usage(record: SelectionRecord, repo_id: str, configs: Any) -> list[str]:
 def _reproduce(record: SelectionRecord, repo_id: str, configs: Any) -> str:
     parts = [
         "The scores were made by" if record.run.command else "",
-        fenced(record.run.command, "bash") if record.run.command else "",
+        fenced(shell(record.run.command), "bash") if record.run.command else "",
         "The selection was made by" if record.command else "",
-        fenced(record.command, "bash") if record.command else "",
+        fenced(shell(record.command), "bash") if record.command else "",
     ]
     missing = [
         what for what, command in (("scores", record.run.command), ("selection", record.command)) if command is None
@@ -231,17 +244,13 @@ def _limits(record: SelectionRecord) -> list[str]:
     for what, counts in [("class", record.classes), *((f"value of {escape(c)}", v) for c, v in record.groups.items())]:
         told += _unequal(what, counts, record.rows)
     unknown = [] if record.classes else ["- Which classes lost most is not known: there are no counts by class."]
-    reference = [
-        "- A score sees only what its reference knows. What the reference has never seen, or sees wrongly, may be "
-        "dropped although it is right; its mistakes and its biases are handed on.",
-    ]
     return [
         *[line for line in told if line.startswith(">")],
         "\n".join(
             [
                 *[line for line in told if line.startswith("-")],
                 *unknown,
-                *reference,
+                source_of_mistakes(record.run),
                 "- Dropped does not mean wrong, and kept does not mean right: rare and hard samples look like mistakes.",
                 "- This is for training. A split for evaluation must not be filtered like this: what is hard would be gone, "
                 "and results would look too good.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from hf_mimic.run_record import hub_id
 UNKNOWN = "not known"
 HUB = "https://huggingface.co"
 _LONGEST = 120  # characters of a name
+_WIDTH = 90  # of code
 _ACTIVE = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn around what follows
@@ -66,6 +68,17 @@ def fenced(code: str, language: str) -> str:
     longest = max((len(found) for found in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"
+
+
+def shell(command: str) -> str:
+    """Return a command line, broken in front of flags where it is long."""
+    lines, line = [], ""
+    for word in map(shlex.quote, shlex.split(command)):
+        if word.startswith("--") and len(line) > _WIDTH - 30:
+            lines.append(line)
+            line = "   "
+        line += f" {word}" if line else word
+    return " \\\n".join([*lines, line])
 
 
 def python(value: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_mimic.card_merging import mark_sections, merge_card
 from hf_mimic.card_metadata import SOURCE, repo_ids
-from hf_mimic.card_run import load_line, run_words, uses_reference
+from hf_mimic.card_run import load_line, run_words, source_of_mistakes, uses_reference
 from hf_mimic.card_selection import selection_words
 from hf_mimic.card_words import HUB, code, escape, fenced, number, percent, picture, python, repo_link, table
 from hf_mimic.run_record import RunRecord, hub_id
@@ -115,7 +115,7 @@ def scores_card(  # noqa: PLR0913  # all of them are facts that the card tells
         n_visits=number(n_visits),
         columns=table(("column", "meaning"), rows),
         usage=_join_words(run, repo_id),
-        limits="- A score sees only what its reference knows; the reference's mistakes are in it.\n"
+        limits=f"{source_of_mistakes(run)}\n"
         "- A low score does not mean that a sample is wrong: rare and hard samples have low scores, too.",
     )
     return _merged(existing, card)

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from published import CARDS, CONFIGS, POOR, QUALITY, RICH, TRAINED, WRITTEN, poor_dataset_card, rich_dataset_card
 
 from hf_mimic.card_merging import merge_card
-from hf_mimic.card_words import code, fenced, number, percent
+from hf_mimic.card_words import code, fenced, number, percent, shell
 from hf_mimic.cards import dataset_card, model_card, scores_card
 from hf_mimic.run_record import RunRecord
 from hf_mimic.selection_record import Counts
@@ -230,6 +231,14 @@ def test_the_python_of_cards_compiles(card):
         compile(block, "card", "exec")
 
 
+def test_without_a_reference_nothing_is_said_of_one():
+    card = of(run=RunRecord(kind="training", model="a/b", settings={"strategy": "small_loss", "temperature": "auto"}))
+    assert "| reference | none |" in card
+    assert "its reference" not in card
+    assert "`direction`" not in card
+    assert "against the reference" not in card.split("## ")[0]
+
+
 def test_the_paper_of_dissect_is_cited_where_it_was_used():
     for strategy, cited in (("dissect", True), ("dissect_mimic", True), ("trust", False)):
         card = of(run=RunRecord(settings={"strategy": strategy}))
@@ -298,6 +307,16 @@ def test_no_text_gets_out_of_a_code_span_or_a_fence():
         shown = html(f"---\n---\n{code(text)}")
         assert shown.count("<code>") == 1, text
         assert html(f"---\n---\n{fenced(text, 'bash')}").count("<pre>") == 1
+
+
+def test_a_long_command_is_broken_at_its_flags():
+    command = "hf-mimic train --model you/a --note 'two --words here' " + " ".join(
+        f"--flag_{i} {i}" for i in range(12)
+    )
+    broken = shell(command)
+    assert max(map(len, broken.split("\n"))) <= 90
+    assert shlex.split(broken.replace("\\\n", "")) == shlex.split(command)
+    assert shell("hf-mimic train --model a") == "hf-mimic train --model a"
 
 
 def test_numbers_and_shares():

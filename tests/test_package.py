@@ -1,8 +1,11 @@
 """`import hf_mimic`: the public names, and what importing it does not cost."""
 
 import importlib
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,36 @@ def test_the_modules_of_the_design_are_importable():
 @pytest.mark.slow
 def test_the_trainer_does_not_load_what_it_does_not_need():
     assert modules_after("from hf_mimic import MimicTrainer").isdisjoint({"evaluate", "matplotlib", "sklearn"})
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_templates_of_cards_and_the_page_of_reports(tmp_path):
+    root = Path(__file__).parent.parent
+    for name in ("hf_mimic", "model_cards"):
+        shutil.copytree(root / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    cards = {f"hf_mimic/model_cards/{path.name}" for path in (root / "model_cards").iterdir()}
+    assert len(cards) == 3
+    assert cards | {"hf_mimic/report_page/page.html", "hf_mimic/py.typed"} <= packed
+    shutil.rmtree(tmp_path / "hf_mimic")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = (
+        "from hf_mimic.cards import model_card; from hf_mimic.run_record import RunRecord; import hf_mimic; "
+        "print(hf_mimic.__file__); print(model_card(RunRecord(), model_id='a/b'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    assert "# a/b" in done.stdout
