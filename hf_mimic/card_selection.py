@@ -269,11 +269,11 @@ def _unequal(what: str, counts: Mapping[str, Counts], rows: Counts) -> list[str]
     if least == most:
         return [f"- Every {what} keeps the same share, {percent(least)}."]
     ratio = f"{most / least:.1f} times the share of the least kept" if least else "while the least kept lost all"
-    lines = [f"- Least kept, by {what}: {', '.join(said[:3])}. Most kept: {said[-1]}, {ratio}."]
+    lines = [f"- Least kept, by {what}: {', '.join(said[:-1][:3])}. Most kept: {said[-1]}, {ratio}."]
     halved = [name for name, (_, share) in zip(said, ranked, strict=True) if share < 0.5]
     if halved and rows.share is not None and rows.share > 0.5:
         lines.append(
-            f"> **Warning: more than half is lost of {named(halved)}** (by {what}), while the whole keeps "
-            f"{percent(rows.share)}. A model that is trained on this sees less of them."
+            f"> **Warning: these lose more than half of their samples** (by {what}): {named(halved)}. The whole keeps "
+            f"{percent(rows.share)}, so a model that is trained on this sees less of them."
         )
     return lines

@@ -145,13 +145,14 @@ def model_card(
 
     head = _head(metadata, ("hf_mimic", "mimic-score") if uses_reference(run) else ("hf_mimic",))
     results = _metrics(run)
-    head |= {"base_model": repo_ids(run.model), "datasets": repo_ids(run.dataset)}
+    known = {"base_model": repo_ids(run.model), "datasets": repo_ids(run.dataset)}
+    head |= {name: ids for name, ids in known.items() if ids}
     evaluated = _eval_results(run, results, metadata.get("pipeline_tag"), model_id)
     if evaluated:
         head |= {"eval_results": evaluated, "model_name": model_id.rsplit("/", 1)[-1]}
         head.setdefault("metrics", [result.metric_type for result in evaluated])
     card = ModelCard.from_template(
-        ModelCardData(**{name: value for name, value in head.items() if value != []}),
+        ModelCardData(**head),
         template_path=_template("model_card"),
         **run_words(run, quality) | {"model_id": escape(model_id), "what": _what(run)},
         results=_results_table(results),
@@ -176,9 +177,8 @@ def _template(name: str) -> str:
 
 def _merged(existing: str | None, card: DatasetCard | ModelCard) -> str:
     """Return the card with marks, brought into the one that is there."""
-    body = mark_sections(re.sub(r"\n{3,}", "\n\n", card.text))
-    fresh = f"---\n{card.data.to_yaml()}\n---\n\n{body}"
-    return merge_card(existing, fresh.encode("utf-8", "replace").decode())
+    body = re.sub(r"\n{3,}", "\n\n", card.text).encode("utf-8", "replace").decode()
+    return merge_card(existing, f"---\n{card.data.to_yaml()}\n---\n\n{mark_sections(body)}")
 
 
 def _join_words(run: RunRecord, repo_id: str) -> str:

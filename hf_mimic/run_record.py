@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -38,8 +39,7 @@ _TABLES: dict[str, tuple[type, ...]] = {
 _PACKAGES = ("hf_mimic", "torch", "transformers", "datasets")
 _LOCAL = ("local folder ", "local file ")
 _ABSOLUTE = re.compile(r"/|~[\w-]*([/\\]|$)|[A-Za-z]:[\\/]|\\\\|file:")
-_SECRETS = ("--token", "--hub_token", "--hf_token")
-_TOKEN = re.compile(r"\bhf_\w{8,}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _DATA_FILES = (".parquet", ".csv", ".json", ".jsonl", ".arrow", ".safetensors")
 
 
@@ -152,10 +152,10 @@ def public_name(name: str | Path | None) -> str | None:
     if "://" in text and not text.startswith("file:"):
         url = urlsplit(text)
         return f"{url.scheme}://{url.hostname or ''}{url.path}"  # no password, no signature
-    path = Path(text).expanduser()
-    if isinstance(name, str) and hub_id(text) and not path.exists():
+    path = os.path.expanduser(text)
+    if isinstance(name, str) and hub_id(text) and not os.path.exists(path):
         return text
-    is_file = path.is_file() or (text.endswith(_DATA_FILES) and not path.is_dir())
+    is_file = os.path.isfile(path) or (text.endswith(_DATA_FILES) and not os.path.isdir(path))
     return f"local {'file' if is_file else 'folder'} {_last_part(text)}"
 
 
@@ -180,7 +180,7 @@ def public_command(command: str) -> str:
         words = shlex.split(command)
     except ValueError as error:
         raise ValueError(f"`command` must be a line that a shell can read, got {command!r} ({error}).") from error
-    secret = [False, *(word in _SECRETS for word in words)]
+    secret = [False, *(word.startswith("-") and _is_secret(word) for word in words)]
     return shlex.join("hf_***" if hide else _public_word(word) for word, hide in zip(words, secret, strict=False))
 
 
@@ -199,7 +199,7 @@ def as_json(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, (str, Path)):
-        return _without_path(str(value))
+        return _TOKEN.sub("hf_***", _without_path(str(value)) or "")
     if isinstance(value, Mapping):
         return {str(key): as_json(entry, f"{where}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,7 +269,7 @@ def _of_a_pass(settings: Mapping[str, Any]) -> RunRecord:
 def _last_part(text: str) -> str:
     kind = PureWindowsPath if "\\" in text or re.match("[A-Za-z]:", text) else PurePosixPath
     name = kind(text).name
-    return name if name.strip(".~") else Path(text).expanduser().resolve().name or "/"
+    return name if name.strip(".") else Path(text).resolve().name or "/"
 
 
 def _without_path(text: str | None) -> str | None:
@@ -277,7 +277,12 @@ def _without_path(text: str | None) -> str | None:
     return public_name(text) if text is not None and _ABSOLUTE.match(text) else text
 
 
+def _is_secret(name: str) -> bool:
+    return name.lower().endswith("token")
+
+
 def _public_word(word: str) -> str:
-    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    shown = "hf_***" if flag in _SECRETS else _last_part(value) if _ABSOLUTE.match(value) else value
-    return _TOKEN.sub("hf_***", flag + equals + shown) if equals or not flag else _TOKEN.sub("hf_***", word)
+    has_name = re.match(r"--?[\w-]+=|\w+=", word)
+    name, equals, value = word.partition("=") if has_name else ("", "", word)
+    shown = "hf_***" if _is_secret(name) else _last_part(value) if _ABSOLUTE.match(value) else value
+    return _TOKEN.sub("hf_***", name + equals + shown)

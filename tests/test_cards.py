@@ -1,11 +1,13 @@
 """The cards: golden files byte for byte, metadata as the Hub reads them, and what must never stand in one."""
 
 import dataclasses
+import functools
 import random
 import re
 import shlex
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
@@ -112,6 +114,11 @@ def test_a_local_model_gets_into_no_metadata():
     assert yaml.safe_load(head) == {"tags": ["hf_mimic"]}
 
 
+def test_what_the_caller_knows_of_a_model_stays_where_the_run_knows_less():
+    card = model_card(RunRecord(), model_id="a/b", metadata={"base_model": "c/d", "tags": "mine", "license": None})
+    assert ModelCard(card).data.to_dict() == {"base_model": "c/d", "tags": ["mine", "hf_mimic", "mimic-score"]}
+
+
 def test_publishing_again_gives_the_same_bytes():
     once = rich_dataset_card()
     assert rich_dataset_card(existing=once) == once
@@ -147,7 +154,10 @@ def test_of_many_classes_the_ends_are_shown(number_of, shown):
 def test_classes_that_lose_more_than_half_are_warned_of():
     classes = {"ant": Counts(100, 30), "bee": Counts(100, 49), "cat": Counts(100, 50), "dog": Counts(100, 90)}
     words = section(of(classes=classes, groups={}), "Limits and risks")
-    assert "> **Warning: more than half is lost of ant (30.0 %), bee (49.0 %)** (by class)" in words
+    assert (
+        "> **Warning: these lose more than half of their samples** (by class): ant (30.0 %), bee (49.0 %). The"
+        in words
+    )
     assert (
         "Least kept, by class: ant (30.0 %), bee (49.0 %), cat (50.0 %). Most kept: dog (90.0 %), 3.0 times" in words
     )
@@ -231,6 +241,29 @@ def test_the_python_of_cards_compiles(card):
         compile(block, "card", "exec")
 
 
+def test_the_python_of_a_card_brings_back_the_rows_and_names_the_dropped_ones(monkeypatch):
+    import datasets
+
+    rows = {"sample_id": [4, 5, 6], "x": ["a", "b", "c"]}
+    choice = {"sample_id": [4, 5, 6], "keep": [True, False, True], "reason": ["good", "bad", "good"]}
+    asked = []
+
+    def load_dataset(repo, config=None, revision=None, split=None):
+        asked.append((repo, config, revision, split))
+        return datasets.Dataset.from_dict(choice if config == "selection" else rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = {}
+    for heading in ("How to reproduce", "How to undo"):
+        exec(re.search(r"(?ms)^```python\n(.*?)^```", section(of(), heading))[1], found)
+    assert found["curated"]["x"][:] == ["a", "c"]
+    assert found["dropped"]["reason"][:] == ["bad"]
+    assert asked[:2] == [
+        ("you/noisy-images", None, RICH.original_revision, "train"),
+        ("you/clean", "selection", None, "train"),
+    ]
+
+
 def test_without_a_reference_nothing_is_said_of_one():
     card = of(run=RunRecord(kind="training", model="a/b", settings={"strategy": "small_loss", "temperature": "auto"}))
     assert "| reference | none |" in card
@@ -298,6 +331,49 @@ def test_words_of_the_data_are_only_shown(name):
     expected = " ".join(re.sub("[\u202e\u2028]", " ", name).replace("\ud800", "\ufffd").split()) or "(blank)"
     shown = re.sub("&lt;|&gt;|&quot;|&amp;", lambda m: {"l": "<", "g": ">", "q": '"', "a": "&"}[m[0][1]], page)
     assert expected[:100] in shown
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_words_of_a_run_are_only_shown(name):
+    run = RunRecord(
+        kind="training",
+        model=name,
+        reference_model=name,
+        base_model=name,
+        dataset=name,
+        dataset_revision=name,
+        split=name,
+        settings={name: name, "strategy": name, "layers": [name, {name: 1}], "eval_split": name},
+        seeds={name: 1},
+        versions={name: name},
+        results={name: 0.5},
+        command=shlex.join(["hf-mimic", name, "--x", name]),
+    )
+    split = name.strip() or "x y"
+    columns = {"split": split, "splits": {split: 3, "b": 4}, "sample_id_column": split}
+    record = dataclasses.replace(RICH, run=run, original_dataset=split, original_revision=name, **columns)
+    cards = [
+        dataset_card(record, repo_id="you/clean", metadata={"configs": CONFIGS}),
+        model_card(run, model_id="you/clean", metadata={"pipeline_tag": "image-classification"}),
+    ]
+    for card in cards:
+        page = html(card)
+        assert not re.search(r"<(script|img|b>|h1>(?!you/clean))|href=\"(javascript|http://evil|https://evil)", page)
+        assert [line for line in page.split("\n") if line.startswith("<h2>")] == [
+            f"<h2>{heading}</h2>" for heading in re.findall(r"(?m)^## (.*)$\n<!--", card)
+        ]
+        for block in re.findall(r"(?ms)^```python\n(.*?)^```", card):
+            compile(block, "card", "exec")
+        assert merge_card(card, card) == card
+        head = yaml.safe_load(card.split("\n---\n")[0])
+        assert not {"base_model", "datasets", "source_datasets"} & head.keys()
+
+
+def test_templates_use_no_name_that_is_not_given(monkeypatch):
+    strict = functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined)
+    monkeypatch.setattr(jinja2, "Template", strict)
+    for make in CARDS.values():
+        assert make()
 
 
 def test_no_text_gets_out_of_a_code_span_or_a_fence():

@@ -108,7 +108,7 @@ def test_a_wheel_has_the_templates_of_cards_and_the_page_of_reports(tmp_path):
         "print(hf_mimic.__file__); print(model_card(RunRecord(), model_id='a/b'))"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
         capture_output=True,

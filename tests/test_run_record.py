@@ -121,6 +121,8 @@ def test_a_broken_record_is_an_error(tmp_path, text):
         ("/home/ann/models/vit", "local folder vit"),
         ("/home/ann/models/vit/", "local folder vit"),
         ("~/vit", "local folder vit"),
+        ("~nobody_there/vit", "local folder vit"),
+        ("~", "local folder ~"),
         ("./out/vit", "local folder vit"),
         ("a/b/c", "local folder c"),
         (r"C:\Users\ann\vit", "local folder vit"),
@@ -152,6 +154,7 @@ def test_absolute_paths_never_get_into_a_record():
         command="a /home/ann/b",
     )
     assert "ann" not in json.dumps(record.as_dict())
+    assert RunRecord(settings={"hub": f"hf_{'a' * 34}"}).settings == {"hub": "hf_***"}
     assert record.settings == {"warm": "local folder x", "layers": [".*head", "local file y.csv"]}
 
 
@@ -163,7 +166,10 @@ def test_absolute_paths_never_get_into_a_record():
         ("hf-mimic train --config=/home/ann/run.yaml", "hf-mimic train --config=run.yaml"),
         ("hf-mimic push --token hf_abcdefghijk", "hf-mimic push --token 'hf_***'"),
         ("hf-mimic push --token=secret", "hf-mimic push '--token=hf_***'"),
-        ("HF_TOKEN=hf_abcdefghijk hf-mimic push", "'HF_TOKEN=hf_***' hf-mimic push"),
+        ("HF_TOKEN=hf_abc hf-mimic push", "'HF_TOKEN=hf_***' hf-mimic push"),
+        ("hf-mimic push --repo_id you/hf_mimic_runs", "hf-mimic push --repo_id you/hf_mimic_runs"),
+        (f"hf-mimic push --note hf_{'a1' * 17}", "hf-mimic push --note 'hf_***'"),
+        ("a --max_new_tokens 5 b=/home/ann/c", "a --max_new_tokens 5 b=c"),
         ('hf-mimic filter --expression "top(a, 0.3)"', "hf-mimic filter --expression 'top(a, 0.3)'"),
         ("hf-mimic train --output_dir '/home/ann/my runs/a b'", "hf-mimic train --output_dir 'a b'"),
     ],
