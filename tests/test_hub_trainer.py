@@ -72,7 +72,7 @@ def test_a_branch_that_moves_is_read_where_it_was(hub, tmp_path, options):
     trainer = trainer_of(tmp_path / "out", names["reference"], **options)
     trainer.train()
     commit = trainer.reference.sha
-    assert repo.refs["main"] != commit
+    assert repo.refs["refs/heads/main"] != commit
     assert [r.path for r in hub.log].count(f"/api/models/{repo.id}") == 1
     assert commits_read(hub, names["reference"]) == {commit}
     assert trainer.run_settings()["reference_revision"] == commit
