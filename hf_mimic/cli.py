@@ -9,12 +9,14 @@ import argparse
 import difflib
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_mimic.commands import COMMANDS
+from hf_mimic.origins import COMMAND
 
 
 def parse(command: str, argv: Sequence[str]) -> list[Any]:
@@ -92,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv[:1] or ["--help"])
     options = parse(argv[0], argv[1:])
+    COMMAND.set(shlex.join(["hf-mimic", *argv]))
     try:
         told = COMMANDS[argv[0]][0](*options)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:

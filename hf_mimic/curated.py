@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from hf_mimic.cards import dataset_card
 from hf_mimic.curated_splits import aligned, splits_of_rows
-from hf_mimic.curation import Choice, choose, counted, label_column, origin
+from hf_mimic.curation import Choice, choose, counted, label_column
 from hf_mimic.cuts import FilterResult, ScoreFilter
 from hf_mimic.hub import CARD, Contents, Present, Published, publish
 from hf_mimic.hub_datasets import (
@@ -29,6 +29,7 @@ from hf_mimic.hub_datasets import (
     stale_paths,
     write_split,
 )
+from hf_mimic.origins import COMMAND, origin
 from hf_mimic.push_options import CurationOptions, destination
 from hf_mimic.report import build_report
 from hf_mimic.report_options import ReportOptions
@@ -225,7 +226,7 @@ def _record(
         original_dataset=named,
         original_revision=options.get("original_revision") or (commit if named == repo else run.dataset_revision),
         sample_id_column=options.get("sample_id_column", "sample_id"),
-        command=options.get("command"),
+        command=options.get("command") or COMMAND.get(),
     )
 
 

@@ -5,10 +5,8 @@ Read `choose`, then `counted`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NO_SCORE = "no score"
-_CACHED = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})(?:/|$)")  # of a data set that came from the Hub
 
 
 @dataclass(frozen=True)
@@ -211,13 +208,6 @@ def _with_the_rest(found: Mapping[str, Counts], most: int) -> dict[str, Counts]:
     shown = {name: counts for name, counts in found.items() if name not in {*rest}}
     other = Counts(sum(found[n].before or 0 for n in rest), sum(found[n].after for n in rest))
     return {**shown, f"{len(rest)} others": other}
-
-
-def origin(rows: Dataset) -> tuple[str | None, str | None]:
-    """Return repo and commit of the Hub data set that rows were loaded from, as far as their cache files tell."""
-    found = {_CACHED.search(Path(file["filename"]).as_posix()) for file in rows.cache_files}
-    names = {(f"{match[1]}/{match[2]}", match[3]) for match in found if match}
-    return next(iter(names)) if len(names) == 1 else (None, None)
 
 
 def label_column(rows: Dataset, named: str | None) -> str | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_mimic.card_metadata import read_metadata, split_card
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,10 +163,14 @@ def card_metadata(
 
 
 def card_data(card: str | None) -> Any:
-    """Return the metadata of a card as `DatasetCardData`, without the parts that cannot be read."""
-    from huggingface_hub import DatasetCard, DatasetCardData
+    """Return the metadata of a card as `DatasetCardData`.
 
-    return deepcopy(DatasetCard(card, ignore_metadata_errors=True).data) if card else DatasetCardData()
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    from huggingface_hub import DatasetCardData
+
+    return DatasetCardData(**read_metadata(split_card(card)[0])) if card else DatasetCardData()
 
 
 def splits_of(card: str | None, config: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import MISSING, fields
 from typing import Any
 
 from hf_mimic.command_arguments import PushArguments, RuleArguments
@@ -31,8 +29,8 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         split=options.split,
     )
     if options.dataset is None:
-        if given := _flags(rule):
-            raise ValueError(f"a rule must come with a --dataset to filter, got {given} without one.")
+        if rule != RuleArguments():
+            raise ValueError(f"a rule must come with a --dataset to filter, got {rule} without one.")
         table = open_scores(options.scores)
         lines = {"samples": len(table.aggregate()), "visits": len(table)}
         return lines | _told(push_scores(table, options.repo_id, **where))
@@ -49,7 +47,6 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         drop_unscored=rule.drop_unscored,
         config_name=options.config_name,
         original_dataset=public_name(options.dataset),
-        command=f"hf-mimic push {_flags(options)} {_flags(rule)}".strip(),
         num_proc=options.num_proc,
         **where,
     )
@@ -59,14 +56,3 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
 def _told(done: Published) -> dict[str, Any]:
     lines = {"published" if done.changed else "nothing to do, it is there already": done.url, "commit": done.commit}
     return lines | {"next": f'load_dataset("{done.repo_id}", revision="{done.commit}")'}
-
-
-def _flags(options: Any) -> str:
-    """Return the command line of the flags that are not at their defaults."""
-    words: list[str] = []
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        if value != default:
-            words += [f"--{entry.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(words)

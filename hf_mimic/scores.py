@@ -27,7 +27,7 @@ ATTACHED = ("trust", *VALUES, "n_visits", "keep")
 _OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
 _KEPT_BYTES = 1 << 29  # of matrices: filters that vote ask for the same columns again
-_OWN = (_SHARDS, "*.tmp", "scoring.json", "scoring-labels.npz")  # the last two are of `hf_mimic.corpus`
+_OWN = (_SHARDS, "*.tmp", "mimic_record.json", "scoring.json", "scoring-labels.npz")  # what is written beside them
 
 
 class ScoreTable:

@@ -341,3 +341,77 @@ def test_what_changed_meanwhile_is_looked_at_again(hub):
     assert hub.repo("user/race").files["x.txt"] == b"after theirs"
     assert [c.title for c in hub.commits("user/race")] == ["initial commit", "Upload", "ours"]
     assert done.commit == hub.commits("user/race")[-1].oid
+
+
+# ---- who may, and what people wrote ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "user/closed: commit failed|preupload failed: no token was given. Log in"),
+        ("hf_unknownunknownunknown", "the Hub does not know the token"),
+        ("read", r"the token must not write to it .*\. Log in with one that may write to user/closed"),
+        ("stranger", r"the token must not write to it .*\. Log in with one that may write to user/closed"),
+    ],
+)
+def test_who_may_not_write(hub, monkeypatch, token, message):
+    hub.create("user/closed", "datasets")
+    own = {"read": hub.token("user", role="read"), "stranger": hub.token("stranger")}
+    token = own.get(token, token)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=message) as error:
+        push("user/closed")
+    assert token is None or token not in str(error.value)
+    assert list(hub.repo("user/closed").files) == [".gitattributes"]
+
+
+def test_who_may_not_make_a_repo(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token("stranger"))
+    with pytest.raises(HubError, match=r"user/not-yours: create the repo failed: the token must not write to it"):
+        push("user/not-yours")
+    monkeypatch.setenv("HF_TOKEN", hub.token("user", role="read"))
+    with pytest.raises(HubError, match=r"user/not-yours: create the repo failed"):
+        push("user/not-yours")
+    assert ("datasets", "user/not-yours") not in hub.repos
+
+
+def test_who_may_not_write_may_ask(hub, monkeypatch):
+    hub.create("user/open-to-all", "datasets")
+    monkeypatch.setenv("HF_TOKEN", hub.token("stranger"))
+    done = push("user/open-to-all", create_pr=True)
+    assert done.url.endswith("/discussions/1")
+    assert load_dataset("user/open-to-all", revision="refs/pr/1", split="train").num_rows == 24
+
+
+def test_the_token_that_is_given(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    token = hub.token("user")
+    push("user/given", private=True, token=token)
+    with pytest.raises(HubError, match="there is no data set of this name, or it is private"):
+        load_scores("user/given")
+    assert len(load_scores("user/given", token=token)) == 60
+
+
+def test_what_people_wrote_in_the_card_stays(hub):
+    push("user/edited")
+    repo = hub.repo("user/edited")
+    text = repo.files["README.md"].decode()
+    text = text.replace("---\n", "---\nlicense: cc0-1.0\npretty_name: Ours\n", 1) + "\n## Thanks\n\nTo the owls.\n"
+    repo.commit({"README.md": text.encode()})
+    push("user/edited", rule=ThresholdFilter())
+    card = repo.files["README.md"].decode()
+    assert "\n## Thanks\n\nTo the owls.\n" in card
+    assert "license: cc0-1.0\npretty_name: Ours\n" in card
+    assert "relative weight" in card
+    assert load_dataset("user/edited", split="train").num_rows == 24
+
+
+def test_a_card_that_cannot_be_read(hub):
+    hub.create("user/bad-card", "datasets").commit({"README.md": b"---\nlicense: [\n---\n# Theirs\n"})
+    with pytest.raises(ValueError, match=r"the metadata of a card must be YAML, got what cannot be read"):
+        push("user/bad-card")
+    assert hub.repo("user/bad-card").files["README.md"] == b"---\nlicense: [\n---\n# Theirs\n"

@@ -149,7 +149,7 @@ ARROWS: dict[str, set[str]] = {
     "pinned": {"base_model", "hub_files", "processes", "reference"},
     "checkpoints": {"files", "reference"},
     "resuming": {"checkpoints"},
-    "hub_trainer": {"hub_errors", "resuming"},
+    "hub_trainer": {"cards", "files", "hub", "hub_errors", "resuming", "trainer_record"},
     "trainer": {
         "arguments",
         "batch_selection",
@@ -219,7 +219,7 @@ ARROWS: dict[str, set[str]] = {
     "quality_command": {"command_arguments", "files", "quality", "scores"},
     # to the Hub
     "hub": {"hub_errors", "hub_files"},
-    "hub_datasets": {"hub"},
+    "hub_datasets": {"card_metadata", "hub"},
     "push_options": {"checks", "hub", "run_record"},
     "shared_scores": {
         "cards",
@@ -234,6 +234,8 @@ ARROWS: dict[str, set[str]] = {
         "scores",
     },
     "filter_words": {"ensembles", "expressions", "filters"},
+    "origins": set(),
+    "trainer_record": {"origins", "run_record"},
     "curation": {"cuts", "data", "filter_words", "scores", "selection_record"},
     "curated_splits": {"curation"},
     "curated": {
@@ -243,6 +245,7 @@ ARROWS: dict[str, set[str]] = {
         "cuts",
         "hub",
         "hub_datasets",
+        "origins",
         "push_options",
         "report",
         "report_options",
@@ -307,7 +310,7 @@ ARROWS: dict[str, set[str]] = {
         "report_command",
         "trainer",
     },
-    "cli": {"commands"},
+    "cli": {"commands", "origins"},
 }
 LINES, BODY = 300, 50
 
