@@ -15,6 +15,7 @@ from hf_mimic.command_arguments import FilterArguments, RuleArguments
 from hf_mimic.cuts import FilterResult
 from hf_mimic.data import load_rows, read_sample_ids
 from hf_mimic.pairs import identified
+from hf_mimic.parquet import write_parquet
 from hf_mimic.rules import decide
 from hf_mimic.scores import ATTACHED, ScoreTable, attach_scores
 from hf_mimic.shared_scores import open_scores
@@ -49,7 +50,7 @@ def filter_data(options: FilterArguments, rule: RuleArguments) -> dict[str, Any]
     else:
         curated = scored.select(np.flatnonzero(kept))
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    curated.to_parquet(options.output)
+    write_parquet(curated, Path(options.output))
     without = f"{decided.null_count} ({'left out' if rule.drop_unscored else 'kept'})"
     return {
         "rows": len(scored),

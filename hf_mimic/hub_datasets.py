@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_mimic.card_metadata import read_metadata, split_card
+from hf_mimic.parquet import write_parquet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,22 +97,7 @@ def write_split(
 
 
 def _write_shard(dataset: Dataset, paths: tuple[Path, ...], index: int) -> int:
-    """Write one shard; return the bytes of its rows."""
-    import datasets
-    from datasets.features.features import require_storage_embed
-    from datasets.table import embed_table_storage
-
-    shard = dataset.shard(len(paths), index, contiguous=True)
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()  # one bar for all shards
-    try:
-        if any(map(require_storage_embed, dataset.features.values())):  # files that the rows name
-            arrow = shard.with_format("arrow")
-            shard = arrow.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True).with_format(None)
-        return shard.to_parquet(paths[index])
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
+    return write_parquet(dataset.shard(len(paths), index, contiguous=True), paths[index])
 
 
 def card_metadata(

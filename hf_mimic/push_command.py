@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from hf_mimic.command_arguments import PushArguments, RuleArguments
@@ -30,7 +31,8 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
     )
     if options.dataset is None:
         if rule != RuleArguments():
-            raise ValueError(f"a rule must come with a --dataset to filter, got {rule} without one.")
+            given = [f"--{e.name}" for e in fields(rule) if getattr(rule, e.name) != getattr(RuleArguments(), e.name)]
+            raise ValueError(f"{' and '.join(given)} must come with a --dataset to filter, got none. Name it.")
         table = open_scores(options.scores)
         lines = {"samples": len(table.aggregate()), "visits": len(table)}
         return lines | _told(push_scores(table, options.repo_id, **where))

@@ -219,7 +219,8 @@ ARROWS: dict[str, set[str]] = {
     "quality_command": {"command_arguments", "files", "quality", "scores"},
     # to the Hub
     "hub": {"hub_errors", "hub_files"},
-    "hub_datasets": {"card_metadata", "hub"},
+    "hub_datasets": {"card_metadata", "hub", "parquet"},
+    "parquet": set(),
     "push_options": {"checks", "hub", "run_record"},
     "shared_scores": {
         "cards",
@@ -264,7 +265,16 @@ ARROWS: dict[str, set[str]] = {
         "filters",
         "scores",
     },
-    "filter_command": {"command_arguments", "cuts", "data", "pairs", "rules", "scores", "shared_scores"},
+    "filter_command": {
+        "command_arguments",
+        "cuts",
+        "data",
+        "pairs",
+        "parquet",
+        "rules",
+        "scores",
+        "shared_scores",
+    },
     "push_command": {
         "command_arguments",
         "curated",
