@@ -33,6 +33,7 @@ _TRANSIENT = (408, 409, 412, 429)  # and every 5xx
 _BROKEN_OFF = (httpx2.TransportError, ConnectionError, TimeoutError)
 _OURS_TO_MEND = (OfflineModeIsEnabled, httpx2.ProxyError, httpx2.UnsupportedProtocol)  # trying again does not help
 _TOKEN = re.compile(r"\b(?:hf|hf_oauth|hf_jwt|api_org)_[A-Za-z0-9]{16,}[\w.\-]*|(?<=Bearer )\S+")
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")  # hf-xet has it in its text only
 _LOG_IN = "Log in (hf auth login), or set HF_TOKEN"
 
 
@@ -76,7 +77,10 @@ def hub_errors() -> tuple[type[BaseException], ...]:
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status behind an error, None if no answer came."""
     response = _response(error)
-    return None if response is None else int(response.status_code)
+    if response is not None:
+        return int(response.status_code)
+    told = next((match for each in _chain(error) if (match := _XET_STATUS.search(str(each)))), None)
+    return int(told[1]) if told else None
 
 
 def request_of(error: BaseException) -> tuple[str, str]:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import models
+
 SCRIPT = """
 import os, pathlib, random, sys, tempfile
 from huggingface_hub import CommitOperationCopy, HfApi, hf_hub_download, snapshot_download
@@ -34,11 +36,68 @@ api.create_commit("user/other", [copy], commit_message="copy")
 """
 
 
-def test_files_go_up_and_come_back_by_xet(hub, tmp_path):
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": hub.token("user")}
+PUBLICATION = """
+import types
+import models, torch
+import hf_mimic.hub
+from datasets import load_dataset
+from huggingface_hub.utils._runtime import is_xet_available
+from publications import md5s, rows, scores
+
+from hf_mimic import TrustFilter, load_scores, push_curated_dataset, reference_direction
+from hf_mimic.hub_errors import HubError
+
+assert is_xet_available()
+hf_mimic.hub.time = types.SimpleNamespace(sleep=lambda seconds: None)
+
+def push(repo_id):
+    return push_curated_dataset(rows(), repo_id, scores=scores(), rule=TrustFilter(), figures=False)
+
+done = push("user/xet-curated")
+assert done.changed and not push("user/xet-curated").changed
+kept = load_dataset("user/xet-curated", split="train")
+assert len(kept) == 24 and md5s(kept).items() <= md5s(rows()).items()
+assert len(load_scores("user/xet-curated")) == 60
+direction = reference_direction(models.make("vit"), "user/xet-teacher")
+assert any(v.abs().sum() > 0 for v in direction.values())
+try:
+    push("user/xet-refused")
+except HubError as error:
+    print(error)
+else:
+    raise AssertionError("published although no xorb could be stored")
+"""
+
+
+def run(script, hub, folder):
+    """Run a script in a process with Xet; return what it printed."""
+    env = {
+        **os.environ,
+        "HF_HOME": str(folder),
+        "HF_TOKEN": hub.token("user"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     env.pop("HF_HUB_DISABLE_XET")
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_publications_by_xet(hub, tmp_path):
+    models.make("vit", seed=1).save_pretrained(tmp_path / "teacher")
+    hub.create("user/xet-teacher").commit(tmp_path / "teacher")
+    hub.fail("GET", "/api/datasets/user/xet-refused/xet-write-token", times=None, status=403)
+    told = run(PUBLICATION, hub, tmp_path / "home")
+    assert told.startswith("user/xet-refused: commit failed: the token must not write to it")
+    assert len(hub.commits("user/xet-curated")) == 2
+    assert not hub.requests("PUT")
+    assert hub.requests("POST", "^/xet/v1/xorbs/")
+    assert hub.requests("GET", "^/xet/stored/")
+    assert list(hub.repo("user/xet-refused").files) == [".gitattributes"]
+
+
+def test_files_go_up_and_come_back_by_xet(hub, tmp_path):
+    run(SCRIPT, hub, tmp_path)
     files = hub.repo("user/xet").files
     assert [len(files[name]) for name in ("noise.bin", "edited.bin", "text.parquet")] == [
         3 << 20,
