@@ -76,8 +76,12 @@ class HubTrainer(ResumingTrainer):
 
     def _write_record(self) -> None:
         folder = Path(self.args.scores_dir)
-        if self.args.record_scores and self.is_world_process_zero() and folder.is_dir():
+        if not (self.args.record_scores and self.is_world_process_zero() and folder.is_dir()):
+            return
+        try:
             record_of_run(self).write(folder)
+        except (OSError, ValueError) as error:  # the training is worth more than its record
+            warnings.warn(f"the record of the run could not be written to {folder}: {error}")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md: how the model was trained, on what, and what that risks; what people wrote in it stays.

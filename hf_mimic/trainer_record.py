@@ -30,7 +30,8 @@ def record_of_run(trainer: Any) -> RunRecord:
     config = getattr(trainer.model, "config", None)
     repo, commit = origin(trainer.train_dataset)
     known = {name: getattr(args, argument) for name, argument in _SETTINGS.items()}
-    known["lr_scheduler_type"], known["optim"] = str(args.lr_scheduler_type.value), str(args.optim.value)
+    for name in ("lr_scheduler_type", "optim"):
+        known[name] = str(getattr(getattr(args, name), "value", getattr(args, name)))
     own = {k: v for k, v in settings.items() if not k.startswith("reference_")}
     return RunRecord(
         kind="training",
