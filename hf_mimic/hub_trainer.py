@@ -21,7 +21,7 @@ from hf_mimic.files import write_atomically
 from hf_mimic.hub import CARD, Contents, Destination, Present, publish
 from hf_mimic.hub_errors import explain, hub_errors, told
 from hf_mimic.resuming import ResumingTrainer
-from hf_mimic.trainer_record import record_of_run
+from hf_mimic.trainer_record import record_of_run, task_of
 
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset")
 _SCORES = re.compile(r"scores(-\d+)?/")
@@ -106,7 +106,8 @@ class HubTrainer(ResumingTrainer):
         datasets = given.get("dataset_tags") or given.get("dataset")
         head |= {"datasets": [datasets] if isinstance(datasets, str) else list(datasets)} if datasets else {}
         name = str(self.hub_model_id or given.get("model_name") or Path(str(self.args.output_dir)).absolute().name)
-        return model_card(record, model_id=name, metadata={"library_name": "transformers", **head}, existing=existing)
+        head = {"library_name": "transformers", "pipeline_tag": task_of(self.model), **head}
+        return model_card(record, model_id=name, metadata=head, existing=existing)
 
     # ---- to the Hub ------------------------------------------------------------------------------------------------
 

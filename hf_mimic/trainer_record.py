@@ -32,6 +32,7 @@ def record_of_run(trainer: Any) -> RunRecord:
     known = {name: getattr(args, argument) for name, argument in _SETTINGS.items()}
     for name in ("lr_scheduler_type", "optim"):
         known[name] = str(getattr(getattr(args, name), "value", getattr(args, name)))
+    known |= _evaluated(trainer.eval_dataset, repo)
     own = {k: v for k, v in settings.items() if not k.startswith("reference_")}
     return RunRecord(
         kind="training",
@@ -42,7 +43,7 @@ def record_of_run(trainer: Any) -> RunRecord:
         base_model=public_name(settings.get("reference_base_model")),
         dataset=repo,
         dataset_revision=commit,
-        split=str(getattr(trainer.train_dataset, "split", None) or "") or None,
+        split=_split(trainer.train_dataset),
         settings=own | known,
         seeds={"seed": args.seed} | ({} if args.data_seed is None else {"data_seed": args.data_seed}),
         health=_last(trainer.state.log_history, _SIGNALS),
@@ -50,6 +51,25 @@ def record_of_run(trainer: Any) -> RunRecord:
         versions=versions(),
         command=COMMAND.get(),
     )
+
+
+def task_of(model: Any) -> str | None:
+    """Return what the Hub calls the task of a model, None for one that it does not tell by its name."""
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        return "zero-shot-image-classification"
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return "image-classification" if "ForImageClassification" in type(base).__name__ else None
+
+
+def _evaluated(rows: Any, trained_on: str | None) -> dict[str, str]:
+    """Return split and, if it is another one than that of the training, data set of the evaluation."""
+    split, (repo, _) = _split(rows), origin(rows)
+    found = {} if split is None else {"eval_split": split}
+    return found | ({} if repo in (None, trained_on) else {"eval_dataset": str(repo)})
+
+
+def _split(rows: Any) -> str | None:
+    return str(getattr(rows, "split", None) or "") or None
 
 
 def _last(history: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ import types
 
 import models
 import pytest
+from datasets import load_dataset
 from huggingface_hub import ModelCard
 from models import make_batch
 from training import prepare, rows_of
 from transformers import AutoModelForImageClassification
 
 from hf_mimic.hub_errors import HubError
+from hf_mimic.metrics import accuracy
 from hf_mimic.run_record import RunRecord
 
 
@@ -25,10 +27,11 @@ def trained(hub, tmp_path):
     models.make("vit", seed=1).save_pretrained(tmp_path / "reference")
     commit = hub.create("user/teacher").commit(tmp_path / "reference")
 
-    def make(name, **options):
+    def make(name, arguments=None, **options):
         rows = rows_of(make_batch("vit", size=32))
         options = {"max_steps": 4, "hub_model_id": name, "strategy": "mimic", **options}
-        trainer = prepare(models.make("vit"), tmp_path / "out", rows=rows, reference="user/teacher", **options)
+        given = {"rows": rows, "reference": "user/teacher", "arguments": arguments}
+        trainer = prepare(models.make("vit"), tmp_path / "out", **given, **options)
         trainer.train()
         return trainer, commit
 
@@ -104,3 +107,23 @@ def test_branch_and_privacy(hub, trained):
     assert repo.private
     assert repo.resolve("v2").oid == done.oid
     assert list(repo.files) == [".gitattributes"]
+
+
+@pytest.mark.filterwarnings("ignore:the score")
+def test_results_of_an_evaluation_on_hub_data(hub, trained):
+    rows = rows_of(make_batch("vit", size=16))
+    rows.push_to_hub("user/held-out", split="test")
+    evaluation = load_dataset("user/held-out", split="test").with_format("torch")
+    trainer, _ = trained("user/evaluated", {"eval_dataset": evaluation, "compute_metrics": accuracy})
+    metrics = trainer.evaluate()
+    trainer.push_to_hub()
+    card = ModelCard(hub.repo("user/evaluated").files["README.md"].decode())
+    assert card.data.pipeline_tag == "image-classification"
+    result = next(entry for entry in card.data.eval_results if entry.metric_type == "accuracy")
+    assert (result.dataset_type, result.dataset_split, result.task_type) == (
+        "user/held-out",
+        "test",
+        "image-classification",
+    )
+    assert result.metric_value == metrics["eval_accuracy"]
+    assert RunRecord.read(trainer.args.scores_dir).results["eval_accuracy"] == metrics["eval_accuracy"]
