@@ -83,9 +83,9 @@ def test_an_interrupted_push_goes_on(hub):
 
 def test_a_lost_answer_makes_no_second_commit(hub):
     hub.fail("POST", "/commit/", reset=True, after=True)
-    done = push("user/lost")
+    done = push("user/lost-answer")
     assert done.changed
-    assert [c.oid for c in hub.commits("user/lost")][1:] == [done.commit]
+    assert [c.oid for c in hub.commits("user/lost-answer")][1:] == [done.commit]
 
 
 def test_a_pull_request_and_its_lost_answer(hub):
@@ -327,20 +327,20 @@ def test_scores_that_are_not_there(hub):
 
 
 def test_what_changed_meanwhile_is_looked_at_again(hub):
-    hub.create("user/race", "datasets")
+    hub.create("user/moved-on", "datasets")
     seen = []
 
     def contents(present):
         seen.append(present.card)
         if len(seen) == 1:  # someone else commits between our reading and our commit
-            hub.repo("user/race").commit({"README.md": b"theirs"})
+            hub.repo("user/moved-on").commit({"README.md": b"theirs"})
         return Contents({"x.txt": f"after {present.card}".encode()})
 
-    done = publish(Destination("user/race"), contents, message="ours")
+    done = publish(Destination("user/moved-on"), contents, message="ours")
     assert seen == [None, "theirs"]
-    assert hub.repo("user/race").files["x.txt"] == b"after theirs"
-    assert [c.title for c in hub.commits("user/race")] == ["initial commit", "Upload", "ours"]
-    assert done.commit == hub.commits("user/race")[-1].oid
+    assert hub.repo("user/moved-on").files["x.txt"] == b"after theirs"
+    assert [c.title for c in hub.commits("user/moved-on")] == ["initial commit", "Upload", "ours"]
+    assert done.commit == hub.commits("user/moved-on")[-1].oid
 
 
 # ---- who may, and what people wrote ----------------------------------------------------------------------------------
@@ -397,17 +397,17 @@ def test_the_token_that_is_given(hub, monkeypatch):
 
 
 def test_what_people_wrote_in_the_card_stays(hub):
-    push("user/edited")
-    repo = hub.repo("user/edited")
+    push("user/rewritten")
+    repo = hub.repo("user/rewritten")
     text = repo.files["README.md"].decode()
     text = text.replace("---\n", "---\nlicense: cc0-1.0\npretty_name: Ours\n", 1) + "\n## Thanks\n\nTo the owls.\n"
     repo.commit({"README.md": text.encode()})
-    push("user/edited", rule=ThresholdFilter())
+    push("user/rewritten", rule=ThresholdFilter())
     card = repo.files["README.md"].decode()
     assert "\n## Thanks\n\nTo the owls.\n" in card
     assert "license: cc0-1.0\npretty_name: Ours\n" in card
     assert "relative weight" in card
-    assert load_dataset("user/edited", split="train").num_rows == 24
+    assert load_dataset("user/rewritten", split="train").num_rows == 24
 
 
 def test_a_card_that_cannot_be_read(hub):
