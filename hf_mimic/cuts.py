@@ -15,10 +15,11 @@ import pyarrow as pa
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from hf_mimic.blocks import any_known, blocks, row_means
 from hf_mimic.checks import check_choice
 from hf_mimic.scores import VALUES, ScoreTable
 from hf_mimic.two_groups import has_two_groups, sampled
-from hf_mimic.votes import ABSTAINS, blocks, count_votes, majority
+from hf_mimic.votes import ABSTAINS, count_votes, majority
 
 FALLING = ("loss", "ref_loss")  # of these the lower is the better
 OVER = ("epochs", "pooled", "mean")
@@ -131,7 +132,7 @@ class CutFilter(ScoreFilter):
         """
         check_choice("over", self.over, OVER)
         _, values = self._read(scores)
-        some = sampled(values, 0)
+        some = self._sign * sampled(values, 0)
         means, known = row_means(some), some[~np.isnan(some)]
         self.two_groups_ = not self.check or has_two_groups(means[~np.isnan(means)])
         if isinstance(scores, ScoreTable) and len(known) and np.ptp(known) <= _SLACK * np.abs(known).max():
@@ -167,13 +168,16 @@ class CutFilter(ScoreFilter):
             )
         least = np.broadcast_to(self._least, epochs).astype(values.dtype)
         voting = np.isfinite(least)  # an epoch without a cut says nothing, least of all that a sample is good
-        found = np.full((epochs, len(values)), ABSTAINS, dtype=np.int8).T  # one epoch after the other in memory
-        score = np.zeros(len(values), dtype=np.float32)
+        found = np.empty((epochs, len(values)), dtype=np.int8).T  # one epoch after the other in memory
+        score = np.empty(len(values), dtype=np.float32)
         for rows in blocks(len(values)):
-            part = values[rows]
-            known = ~np.isnan(part) & voting
-            found[rows] = np.where(known, part >= least, ABSTAINS)
-            score[rows] = np.where(known, part - least, 0).sum(1) / np.maximum(known.sum(1), 1)
+            part = self._sign * values[rows]
+            unknown = np.isnan(part) | ~voting
+            above = part - least
+            found[rows] = part >= least
+            if unknown.any():
+                found[rows][unknown], above[unknown] = ABSTAINS, 0
+            score[rows] = above.sum(1) / np.maximum(epochs - unknown.sum(1), 1)
         return Votes(ids, found, score)
 
     def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
@@ -207,6 +211,7 @@ class CutFilter(ScoreFilter):
             return -np.inf
         missing = np.isnan(values)
         known = values[~missing] if missing.any() else values  # no copy of millions
+        known = known if self._sign > 0 else -known
         cut = self._cut(known) if len(known) else None
         return -np.inf if cut is None else cut
 
@@ -214,10 +219,9 @@ class CutFilter(ScoreFilter):
         raise NotImplementedError
 
     def _read(self, scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (N,) and scores (N, T), higher is better; their mean (N, 1) if that is what is cut."""
+        """Return ids (N,) and scores (N, T), or their mean (N, 1) if that is what is cut; times `_sign`, higher is better."""
         ids, values, self.column_ = read_scores(scores, self.column)
         self._sign = -1 if self.column_ in FALLING else 1
-        values = values if self._sign > 0 else -values
         return ids, row_means(values)[:, None] if self.over == "mean" else values
 
 
@@ -256,9 +260,9 @@ def read_scores(scores: ScoreTable | np.ndarray, column: str | None) -> tuple[np
             raise ValueError(f"scores must be (N,) or (N, T) with N, T > 0, got {values.shape}.")
         values, column = values.reshape(len(values), -1), column or "score"
         ids = np.arange(len(values))
-    if np.isinf(values).any():
+    if any(np.isinf(values[rows]).any() for rows in blocks(len(values))):
         raise ValueError(f"`{column}` must be finite or NaN (no score), got infinity. Replace it by NaN.")
-    if np.isnan(values).all():
+    if not any_known(values):
         raise ValueError(f"at least one sample must have a `{column}`, got none. {_MISSING.get(column, '')}".rstrip())
     return ids, values, column
 
@@ -268,16 +272,6 @@ def _column(table: ScoreTable, column: str | None) -> tuple[np.ndarray, np.ndarr
     for name in names:
         check_choice("column", name, VALUES)
         found = table.matrix(name)
-        if name == names[-1] or np.isfinite(found.values).any():
+        if name == names[-1] or any_known(found.values):
             break
     return found.sample_id, found.values, name
-
-
-def row_means(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the known values of each row (N,), NaN where there is none."""
-    found = np.full(len(values), np.nan)
-    for rows in blocks(len(values)):
-        known = ~np.isnan(values[rows])
-        total = values[rows].sum(1, where=known, dtype=float)
-        np.divide(total, known.sum(1), out=found[rows], where=known.any(1))
-    return found

@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
+from hf_mimic.blocks import blocks
 from hf_mimic.checks import check_choice
 from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
 from hf_mimic.filters import MixtureFilter, TwoMeansFilter
@@ -21,7 +22,7 @@ from hf_mimic.scores import ScoreTable
 from hf_mimic.table_odds import TableOdds
 from hf_mimic.trust import most_f1, with_odds
 from hf_mimic.two_groups import sampled
-from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, blocks, count_votes, majority
+from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority
 
 WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
 

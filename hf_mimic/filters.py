@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from hf_mimic.cuts import CutFilter, FilterResult, ScoreFilter, Votes, read_scores, row_means
+from hf_mimic.blocks import row_means
+from hf_mimic.cuts import CutFilter, FilterResult, ScoreFilter, Votes, read_scores
 from hf_mimic.scores import ScoreTable
 from hf_mimic.trust import most_f1
 from hf_mimic.two_groups import Mixture, two_means

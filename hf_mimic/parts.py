@@ -80,6 +80,11 @@ def read_shard(path: Path, read: Callable[[Path], Any]) -> Any:
         ) from error
 
 
+def read_rows(path: Path) -> pa.Table:
+    """Return all rows of a shard, of `SCHEMA`."""
+    return read_shard(path, partial(pq.read_table, schema=SCHEMA))
+
+
 def rows_of_visit(visit: Mapping[str, Any]) -> pa.Table:
     """Return what `ScoreTable.record` was given as rows of `SCHEMA`."""
     ids = _numpy(visit["sample_id"]).reshape(-1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,9 @@ import pyarrow.parquet as pq
 
 from hf_mimic.data import read_sample_ids
 from hf_mimic.files import write_atomically
-from hf_mimic.parts import SCHEMA, VALUES, read_shard, rows_of_visit
-from hf_mimic.visits import ScoreMatrix, Visits, aggregate
+from hf_mimic.matrices import aggregate
+from hf_mimic.parts import SCHEMA, VALUES, read_rows, read_shard, rows_of_visit
+from hf_mimic.visits import ScoreMatrix, Visits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ATTACHED = ("trust", *VALUES, "n_visits", "keep")
 _OPTIONAL = ("trust", "ref_loss", "ref_trust", "clip_score", "kept")
 _SHARDS = "steps-*-rank-*.parquet"
-_KEPT_BYTES = 1 << 29  # of matrices: filters that vote ask for the same columns again
+_KEPT_BYTES = 1 << 30  # of matrices: filters that vote ask for the same columns again
 _OWN = (_SHARDS, "*.tmp", "mimic_record.json", "scoring.json", "scoring-labels.npz")  # what is written beside them
 
 
@@ -113,7 +113,7 @@ class ScoreTable:
         steps = rows["step"].to_numpy()
         path = self.folder / f"steps-{steps.min():08d}-{steps.max():08d}-rank-{rank:05d}.parquet"
         if path.exists():  # other samples of the same steps
-            rows = pa.concat_tables([_read(path), rows])
+            rows = pa.concat_tables([read_rows(path), rows])
         self._write(path, rows)
         self._tables.clear()
         return path
@@ -133,7 +133,7 @@ class ScoreTable:
         for left in self.folder.glob("steps-*.tmp") if self.folder is not None else ():
             left.unlink()
         for path in self.shards():
-            rows = _read(path)
+            rows = read_rows(path)
             kept = rows.filter(pa.compute.field("step") < step)
             if not len(kept):
                 path.unlink()
@@ -159,7 +159,7 @@ class ScoreTable:
     def to_arrow(self) -> pa.Table:
         """Return all rows, ordered by step; a sample that was visited twice in one step has one row, the last."""
         self._collect()
-        tables = [_read(path) for path in self.shards()] + self._tables
+        tables = [read_rows(path) for path in self.shards()] + self._tables
         rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         keys = np.stack([rows["step"].to_numpy(), rows["sample_id"].to_numpy()])
         order = np.lexsort(keys[::-1])  # stable
@@ -180,7 +180,9 @@ class ScoreTable:
         """
         stamp = self._stamp()
         if self._aggregated is None or self._aggregated[0] != stamp:
-            self._aggregated = (stamp, aggregate(self._visits()))
+            rows, found = aggregate(self._visits(), _KEPT_BYTES)
+            self._aggregated = (stamp, rows)
+            self._matrices |= {(name, stamp): matrix for name, matrix in found.items()}
         return self._aggregated[1]
 
     def matrix(self, column: str) -> ScoreMatrix:
@@ -231,9 +233,6 @@ class ScoreTable:
         if self._buffer:
             self._tables.append(pa.concat_tables([rows_of_visit(visit) for visit in self._buffer]))
             self._buffer = []
-
-
-_read = partial(read_shard, read=partial(pq.read_table, schema=SCHEMA))  # Path -> pa.Table
 
 
 def attach_scores(

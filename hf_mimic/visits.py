@@ -17,7 +17,6 @@ import pyarrow as pa
 from hf_mimic.parts import VALUES, Part, SampleIndex, by_epoch, cells, counted, loaded, parts_of_rows, parts_of_shard
 
 _SMALL = 4  # a cell with fewer than 1/4 of N rows is not worth an array (N,)
-_EVIDENCE = (("mimic_score", 1), ("loss", -1))
 
 
 class ScoreMatrix(NamedTuple):
@@ -85,7 +84,7 @@ class Visits:
 
     def cells(self, names: Sequence[str] = ()) -> Iterator[Cell]:
         """Return all visits, in order of steps, with the columns that are asked for; take these before the next cell."""
-        order = list(by_epoch(cells(self.parts), self.index.size))
+        order = self._order()
         with closing(loaded(_plan(order, names))) as arrays:
             for parts in order:
                 places = [self.index.places(next(arrays)[0]) for _ in parts]
@@ -99,7 +98,7 @@ class Visits:
 
     def means(self, names: Sequence[str] = VALUES) -> Means:
         """Return the means of columns over the visits of each sample; NaN and infinity are no values."""
-        names = [name for name in names if any(name in part.known for part in self.parts)]
+        names = self.known(names)
         sums = {name: _Sums(self.index.size) for name in names}
         visits = np.zeros(self.index.size, np.int32)
         for cell in self.cells(names):
@@ -114,6 +113,16 @@ class Visits:
         counts = {name: total.count(visits)[rows] for name, total in sums.items()}
         values = {name: sums.pop(name).mean(visits)[rows] for name in names}
         return Means(self.index.ids(there), values, counts)
+
+    def known(self, names: Sequence[str]) -> list[str]:
+        """Return those of the columns that have a value."""
+        return [name for name in names if any(name in part.known for part in self.parts)]
+
+    def epoch_of_cells(self) -> np.ndarray | None:
+        """Return the epoch of each cell, int32, if each has one of its own; else None. No rows are read."""
+        spans = [{epoch for part in parts for epoch in part.spans["epoch"]} for parts in self._order()]
+        found = [epoch for span in spans for epoch in span]
+        return np.array(found, np.int32) if len({*found}) == len(spans) == len(found) else None
 
     def matrix(self, name: str) -> ScoreMatrix:
         """Return the means of a column over the visits of each sample in each epoch."""
@@ -140,6 +149,9 @@ class Visits:
         values.flags.writeable = False  # it is kept, and given to several
         return ScoreMatrix(self.index.ids(there), epochs, values)
 
+    def _order(self) -> list[list[Part]]:
+        return list(by_epoch(cells(self.parts), self.index.size))
+
     def _there(self, places: Sequence[np.ndarray]) -> np.ndarray | None:
         rows = sum(map(len, places))
         if rows * _SMALL < self.index.size:
@@ -155,28 +167,6 @@ class Visits:
             first, last = part.spans["epoch"]
             found |= {first} if first == last else {*np.unique(part.load(["epoch"])[0]).tolist()}
         return np.array(sorted(found), np.int32)
-
-
-def aggregate(visits: Visits) -> pa.Table:
-    """Return the table that `ScoreTable.aggregate` describes."""
-    means = visits.means()
-    size = len(means.sample_id)
-    trust = means.values.get("ref_trust")
-    if trust is not None:
-        from hf_mimic.trust import combine
-
-        evidence = [means.values[name] * sign for name, sign in _EVIDENCE if name in means.values]
-        trust = combine(trust, np.stack(evidence, 1)).astype(np.float32) if evidence else trust
-    counts = [means.counts[name] for name in ("mimic_score", "clip_score") if name in means.counts]
-    n_visits = np.max(counts, 0).astype(np.int64) if counts else np.zeros(size, np.int64)
-    nulls = pa.nulls(size, pa.float32())
-    known = {
-        name: pa.array(values, from_pandas=True)
-        for name, values in {"trust": trust, **means.values}.items()
-        if values is not None
-    }
-    columns = {name: known.get(name, nulls) for name in ("trust", *VALUES)}
-    return pa.table({"sample_id": means.sample_id, **columns, "n_visits": n_visits})
 
 
 def _plan(order: Sequence[list[Part]], names: Sequence[str]) -> Iterator[tuple[Part, list[str]]]:

@@ -6,16 +6,14 @@ once: there are few kinds of them, however many samples there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from sklearn.base import BaseEstimator
 
+from hf_mimic.blocks import blocks
 from hf_mimic.two_groups import sampled
 
 ABSTAINS = -1
 FEWEST = 3
-_BLOCK = 1 << 14  # samples
 _LEARNED = 20_000  # samples
 _WEAK = 0.2  # correlation
 _LARGEST = 2**60
@@ -23,18 +21,17 @@ _COUNTED = 2_000_000  # kinds: up to so many are counted without a sort
 _LIMITS = (0.02, 0.98)  # of what is learned about a voter: nobody is taken for infallible
 
 
-def blocks(size: int) -> Iterator[slice]:
-    """Yield slices of rows whose arrays stay in the processor's cache: there may be millions of samples."""
-    return (slice(start, start + _BLOCK) for start in range(0, size, _BLOCK))
-
-
 def count_votes(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return how many vote on each sample, and how many of them to drop it, (N,) each."""
-    count, against = np.zeros((2, len(votes)), dtype=np.int32)
+    count, against = np.empty((2, len(votes)), dtype=np.int32)
     for rows in blocks(len(votes)):
-        count[rows] = (votes[rows] != ABSTAINS).sum(1)
-        against[rows] = (votes[rows] == 0).sum(1)
+        count[rows], against[rows] = _counted(votes[rows])
     return count, against
+
+
+def _counted(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    small = np.int8 if votes.shape[1] < 128 else np.int32  # several times as fast
+    return (votes != ABSTAINS).sum(1, dtype=small), (votes == 0).sum(1, dtype=small)
 
 
 def majority(votes: np.ndarray, score: np.ndarray | None = None) -> np.ndarray:
@@ -47,10 +44,13 @@ def majority(votes: np.ndarray, score: np.ndarray | None = None) -> np.ndarray:
     Returns:
         Booleans (N,).
     """
-    count, against = count_votes(votes)
-    keep = 2 * against <= count
-    if score is not None:
-        keep &= ~((2 * against == count) & (count > 0) & (score < 0))
+    keep = np.empty(len(votes), dtype=bool)
+    for rows in blocks(len(votes)):
+        count, against = _counted(votes[rows])
+        others = count - against
+        keep[rows] = against <= others
+        if score is not None:
+            keep[rows] &= (against != others) | (count == 0) | ~(score[rows] < 0)
     return keep
 
 
