@@ -158,32 +158,20 @@ class CutFilter(ScoreFilter):
         Args:
             scores: What `fit` takes; with over="epochs" as many epochs as were fitted.
         """
-        check_is_fitted(self)
-        ids, values = self._read(scores)
-        epochs = values.shape[1]
-        if self.over == "epochs" and epochs != len(self._least):
-            raise ValueError(
-                f"the scores must have the {len(self._least)} epochs of the fit, got {epochs}. Fit again, or use "
-                'over="pooled".'
-            )
-        least = np.broadcast_to(self._least, epochs).astype(values.dtype)
-        voting = np.isfinite(least)  # an epoch without a cut says nothing, least of all that a sample is good
-        found = np.empty((epochs, len(values)), dtype=np.int8).T  # one epoch after the other in memory
+        ids, values = self._read_fitted(scores)
+        found = np.empty(values.shape[::-1], dtype=np.int8).T  # one epoch after the other in memory
         score = np.empty(len(values), dtype=np.float32)
         for rows in blocks(len(values)):
-            part = self._sign * values[rows]
-            unknown = np.isnan(part) | ~voting
-            above = part - least
-            found[rows] = part >= least
-            if unknown.any():
-                found[rows][unknown], above[unknown] = ABSTAINS, 0
-            score[rows] = above.sum(1) / np.maximum(epochs - unknown.sum(1), 1)
+            found[rows], score[rows] = self._vote(values[rows])
         return Votes(ids, found, score)
 
     def predict(self, scores: ScoreTable | np.ndarray) -> np.ndarray:
         """Return what to keep, booleans (N,)."""
-        heard = self.votes(scores)
-        return majority(heard.votes, heard.score)
+        _, values = self._read_fitted(scores)
+        keep = np.empty(len(values), dtype=bool)
+        for rows in blocks(len(values)):
+            keep[rows] = majority(*self._vote(values[rows]))
+        return keep
 
     def filter(self, scores: ScoreTable | np.ndarray) -> FilterResult:
         """Return what is kept, what is dropped, and why.
@@ -205,18 +193,40 @@ class CutFilter(ScoreFilter):
         text = f"`{self.column_}` is {word} its cut at {against} of {count} visits"
         return text if 2 * against != count else f"{text}, and {'not ' if keep else ''}in the mean"
 
+    def _vote(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the votes (n, T) on some samples, and how far they are above the cuts in the mean (n,)."""
+        values = self._sign * values
+        least = np.broadcast_to(self._least, values.shape[1]).astype(values.dtype)
+        unknown = np.isnan(values) | np.isinf(
+            least
+        )  # an epoch without a cut says nothing, least of all that it is good
+        votes, above = (values >= least).view(np.int8), values - least
+        if unknown.any():
+            votes[unknown], above[unknown] = ABSTAINS, 0
+        return votes, above.sum(1) / np.maximum(values.shape[1] - unknown.sum(1), 1)
+
     def _found(self, values: np.ndarray) -> float:
         """Return the cut of one column, -inf where there is none."""
         if not self.two_groups_:
             return -np.inf
-        missing = np.isnan(values)
-        known = values[~missing] if missing.any() else values  # no copy of millions
+        known = values[~np.isnan(values)] if np.isnan(values.min()) else values  # no copy of millions
         known = known if self._sign > 0 else -known
         cut = self._cut(known) if len(known) else None
         return -np.inf if cut is None else cut
 
     def _cut(self, values: np.ndarray) -> float | None:
         raise NotImplementedError
+
+    def _read_fitted(self, scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `_read` does, if it fits the cuts."""
+        check_is_fitted(self)
+        ids, values = self._read(scores)
+        if self.over == "epochs" and values.shape[1] != len(self._least):
+            raise ValueError(
+                f"the scores must have the {len(self._least)} epochs of the fit, got {values.shape[1]}. Fit again, or use "
+                'over="pooled".'
+            )
+        return ids, values
 
     def _read(self, scores: ScoreTable | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (N,) and scores (N, T), or their mean (N, 1) if that is what is cut; times `_sign`, higher is better."""
@@ -260,8 +270,8 @@ def read_scores(scores: ScoreTable | np.ndarray, column: str | None) -> tuple[np
             raise ValueError(f"scores must be (N,) or (N, T) with N, T > 0, got {values.shape}.")
         values, column = values.reshape(len(values), -1), column or "score"
         ids = np.arange(len(values))
-    if any(np.isinf(values[rows]).any() for rows in blocks(len(values))):
-        raise ValueError(f"`{column}` must be finite or NaN (no score), got infinity. Replace it by NaN.")
+        if any(np.isinf(values[rows]).any() for rows in blocks(len(values))):
+            raise ValueError(f"`{column}` must be finite or NaN (no score), got infinity. Replace it by NaN.")
     if not any_known(values):
         raise ValueError(f"at least one sample must have a `{column}`, got none. {_MISSING.get(column, '')}".rstrip())
     return ids, values, column

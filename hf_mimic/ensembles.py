@@ -13,11 +13,11 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from hf_mimic.blocks import blocks
+from hf_mimic.blocks import any_known, blocks
 from hf_mimic.checks import check_choice
 from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
 from hf_mimic.filters import MixtureFilter, TwoMeansFilter
-from hf_mimic.joined import Tables, all_ids, means_of, named, rows_of, trust_of
+from hf_mimic.joined import Tables, all_ids, has, means_of, named, rows_of, trust_of
 from hf_mimic.scores import ScoreTable
 from hf_mimic.table_odds import TableOdds
 from hf_mimic.trust import most_f1, with_odds
@@ -83,7 +83,8 @@ class EnsembleFilter(ScoreFilter):
         check_choice("vote", self.vote, WAYS)
         if self.least != "f1" and not (isinstance(self.least, (int, float)) and 0 < self.least < 1):
             raise ValueError(f'`least` must be in (0, 1) or "f1", got {self.least!r}. Use 0.5 for more likely good.')
-        by_trust = self.vote in ("auto", "trust") and np.isfinite(trust_of(scores, all_ids(scores))).any()
+        trust = trust_of(scores, all_ids(scores))
+        by_trust = self.vote in ("auto", "trust") and any_known(trust)
         self.filters_: list[tuple[str, str, ScoreFilter]] = []
         for place, table in named(scores).items():
             for name, model in self.filters if self.filters is not None else default_voters(table, check=not by_trust):
@@ -95,8 +96,7 @@ class EnsembleFilter(ScoreFilter):
                 "an ensemble must have a filter, got none: the tables have no scores. Train or score first."
             )
         heard = self.votes(scores)
-        voices = len(np.unique(self._groups()[(heard.votes != ABSTAINS).any(0)]))
-        trust = trust_of(scores, heard.sample_id)
+        voices = len(np.unique(self._groups()[heard.votes.max(0, initial=ABSTAINS) != ABSTAINS]))
         self.vote_ = self._way(voices, trust)
         means = means_of(scores, heard.sample_id, self._columns())
         self._odds: dict[str, TableOdds] = {}
@@ -178,7 +178,7 @@ class EnsembleFilter(ScoreFilter):
 
     def _way(self, voices: int, trust: np.ndarray) -> str:
         """Return how this ensemble decides, given what there is."""
-        known = bool(np.isfinite(trust).any())
+        known = any_known(trust)
         if self.vote == "trust" and not known:
             raise ValueError(
                 'vote="trust" must have a trust, got none: the reference was not run on the samples. Train with '
@@ -254,14 +254,9 @@ def default_voters(table: ScoreTable, *, check: bool) -> list[tuple[str, ScoreFi
         table: Whose columns.
         check: Whether they abstain where they see no two groups. If not, what they say is worth must be learned.
     """
-    scores = table.aggregate()
     found: list[tuple[str, ScoreFilter]] = []
     for column in ("mimic_score", "clip_score", "loss"):
-        if _has(scores, column):
+        if has(table, column):
             found.append((f"two_means({column})", TwoMeansFilter(column, check=check)))
             found.append((f"mixture({column})", MixtureFilter(column, check=check)))
     return found
-
-
-def _has(scores: Any, column: str) -> bool:
-    return scores[column].null_count < len(scores)

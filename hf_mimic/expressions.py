@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -161,10 +161,11 @@ class _Reader:
         if not 0 < share <= 1:
             raise ValueError(f"the share of `{name}` must be in (0, 1], got {share}. Use 0.3 for 30 %.")
         rising = (name == "top") != (isinstance(args[0], ast.Name) and args[0].id in FALLING)
-        known = np.flatnonzero(~np.isnan(values))
-        found = np.zeros(len(values), dtype=bool)
-        found[known] = top_p(values[known] if rising else -values[known], share)
-        return found
+        known = ~np.isnan(values)
+        if known.all():
+            return top_p(values if rising else -values, share)
+        known[known] = top_p(values[known] if rising else -values[known], share)
+        return known
 
     def _column(self, node: ast.expr) -> np.ndarray:
         if not isinstance(node, ast.Name):
@@ -201,17 +202,36 @@ class _Reader:
         return ValueError(f"`expression` cannot have {ast.unparse(node)!r} there. {hint}")
 
 
+class _Arrow(Columns):
+    """The columns of a table that have numbers, each made when it is asked for: of millions of rows most are not."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.names = [name for name in table.column_names if _has_numbers(table.schema.field(name).type)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return _numbers(self.table[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def _columns(scores: ScoreTable | pa.Table | Columns) -> tuple[Columns, np.ndarray]:
     table = scores.aggregate() if isinstance(scores, ScoreTable) else scores
     if isinstance(table, pa.Table):
-        numbers = [name for name in table.column_names if _has_numbers(table.schema.field(name).type)]
-        columns = {name: _numbers(table[name]) for name in numbers}
+        columns: Columns = _Arrow(table)
+        lengths = {len(table)}
     else:
         columns = {name: np.asarray(values) for name, values in table.items()}
-    if not columns or len({len(values) for values in columns.values()}) != 1:
+        lengths = {len(values) for values in columns.values()}
+    if not columns or len(lengths) != 1:
         raise ValueError("an expression must have columns of one length, got none or several. Give a `ScoreTable`.")
-    length = len(next(iter(columns.values())))
-    return columns, columns["sample_id"] if "sample_id" in columns else np.arange(length)
+    return columns, columns["sample_id"] if "sample_id" in columns else np.arange(lengths.pop())
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -215,28 +215,30 @@ def top_p(values: np.ndarray, share: float, *, labels: np.ndarray | None = None)
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be in (0, 1], got {share}. Use 0.8 for the best 80 %.")
-    values = np.asarray(values, dtype=float)
-    keep = np.zeros(len(values), dtype=bool)
+    values = np.asarray(values)
+    values = values if values.dtype == np.float32 else values.astype(float)  # no copy of millions
     if labels is None:
-        keep[_best(values, round(share * len(values)))] = True
-        return keep
+        return _best(values, round(share * len(values)))
     if len(labels) != len(values):
         raise ValueError(f"`labels` must have one value per score, {len(values)}, got {len(labels)}.")
+    keep = np.zeros(len(values), dtype=bool)
     groups = np.unique(labels, return_inverse=True)[1]
     rows = np.argsort(groups, kind="stable")
     for group in np.split(rows, np.cumsum(np.bincount(groups))[:-1]):
-        keep[group[_best(values[group], round(share * len(group)))]] = True
+        keep[group] = _best(values[group], round(share * len(group)))
     return keep
 
 
 def _best(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the places of the `count` highest values, the earlier one at a tie, NaN last; without sorting them all."""
+    """Return whether each is of the `count` highest values, the earlier one at a tie, NaN last; without a sort."""
     if count <= 0:
-        return np.zeros(0, dtype=int)
-    ranked = np.where(np.isnan(values), -np.inf, values)
+        return np.zeros(len(values), dtype=bool)
+    missing = np.isnan(values)
+    ranked = np.where(missing, -np.inf, values) if missing.any() else values
     least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]
-    above = np.flatnonzero(ranked > least)
-    return np.concatenate([above, np.flatnonzero(ranked == least)[: count - len(above)]])
+    found = ranked > least
+    found[np.flatnonzero(ranked == least)[: count - np.count_nonzero(found)]] = True
+    return found
 
 
 def default_filter(scores: ScoreTable) -> TrustFilter | ThresholdFilter:

@@ -29,6 +29,12 @@ def named(scores: Tables) -> Mapping[str, ScoreTable]:
     return tables
 
 
+def has(table: ScoreTable, column: str) -> bool:
+    """Return whether any sample has a value of a column of `aggregate()`."""
+    values = table.aggregate()[column]
+    return values.null_count < len(values)
+
+
 def all_ids(scores: Tables) -> np.ndarray:
     """Return the ids of all tables, ascending (N,).
 
@@ -59,9 +65,12 @@ def rows_of(ids: np.ndarray, own: np.ndarray) -> np.ndarray | slice:
 
 
 def trust_of(scores: Tables, ids: np.ndarray) -> np.ndarray:
-    """Return what the reference trusts each sample (N,), the mean over the tables that know it."""
+    """Return what the reference trusts each sample (N,), the mean over the tables that know it; not to be written to."""
+    tables = [table for table in named(scores).values() if has(table, "ref_trust")]
+    if not tables:
+        return np.broadcast_to(np.nan, len(ids))  # no array: there may be ten million samples
     total, count = np.zeros(len(ids)), np.zeros(len(ids))
-    for table in named(scores).values():
+    for table in tables:
         column = table.aggregate()["ref_trust"].to_numpy().astype(float)
         rows, known = rows_of(ids, own_ids(table)), np.isfinite(column)
         total[rows] += np.where(known, column, 0)

@@ -6,6 +6,8 @@ place: no sum is kept, and the filters that ask for these columns by epoch need 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pyarrow as pa
 
@@ -66,7 +68,8 @@ def means_of(matrices: Matrices) -> Means:
     """Return the means over the epochs of N samples that have one visit in each at most."""
     ids = next(iter(matrices.values())).sample_id
     means = {name: np.empty(len(ids), np.float32) for name in matrices}
-    counts = {name: np.empty(len(ids), np.int32) for name in matrices}
+    most = next(iter(matrices.values())).values.shape[1]
+    counts = {name: np.empty(len(ids), np.min_scalar_type(most)) for name in matrices}  # a byte for each, mostly
     for name, matrix in matrices.items():
         for rows in blocks(len(ids)):
             means[name][rows], counts[name][rows] = mean_and_count(matrix.values[rows])
@@ -82,7 +85,7 @@ def _table(means: Means) -> pa.Table:
         evidence = [means.values[name] * sign for name, sign in _EVIDENCE if name in means.values]
         trust = combine(trust, np.stack(evidence, 1)).astype(np.float32) if evidence else trust
     counts = [means.counts[name] for name in ("mimic_score", "clip_score") if name in means.counts]
-    n_visits = np.max(counts, 0).astype(np.int64) if counts else np.zeros(size, np.int64)
+    n_visits = reduce(np.maximum, counts).astype(np.int64) if counts else np.zeros(size, np.int64)
     nulls = pa.nulls(size, pa.float32())
     known = {
         name: pa.array(values, from_pandas=True)

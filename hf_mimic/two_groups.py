@@ -9,18 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-_SAMPLE = 200_000  # values: in what modes are counted; also the block of a sum
+_SAMPLE = 200_000  # values: in what modes are counted
+_BLOCK = 1 << 15  # values, whose sums stay in the processor's cache
 _FITTED = 20_000  # values: what a mixture is fitted to
 _ENDS = (0.005, 0.995)
 _FEWEST, _BINS, _REPEATS = 50, 512, 200
-_ROUNDING = 1e-9
+_ROUNDING = _SLACK = 1e-9
 
 
 def two_means(values: np.ndarray) -> float | None:
     """Return the cut of the best split into two groups: halfway between their means.
 
     The split with the least sum of squares is one between neighbours in sorted order, so running sums find it exactly:
-    one sort and one pass, no restarts.
+    one sort, no restarts. It lies at its own cut, as else one of the neighbours would better be in the other group; so
+    only blocks of values are looked at whose ends and sums allow that.
 
     Args:
         values: (N,).
@@ -36,24 +38,32 @@ def two_means(values: np.ndarray) -> float | None:
         return None
     shift = float(ordered[len(ordered) // 2])
     scale = max(float(ordered[-1]) - shift, shift - float(ordered[0]))  # squares of what is huge or tiny have no float
-    best, split, below = -1.0, 0, 0.0
-    total = _sum(ordered, shift)
-    for start in range(0, len(ordered) - 1, _SAMPLE):
-        part = ordered[start : min(start + _SAMPLE, len(ordered) - 1)].astype(float) - shift
-        sums = below + np.cumsum(part)  # (n,) of the lower group
+    size, starts = len(ordered), range(0, len(ordered), _BLOCK)
+    sums = [float((ordered[i : i + _BLOCK].astype(float) - shift).sum()) for i in starts]
+    below = np.cumsum([0.0, *sums])  # (blocks + 1,) of all that comes before a block
+    best, split, low = -1.0, 0, 0.0
+    for block in _with_cut(ordered, below, shift, _SLACK * scale):
+        start = starts[block]
+        part = ordered[start : min(start + _BLOCK, size - 1)].astype(float) - shift
         lower = np.arange(start + 1, start + len(part) + 1)
-        gain = ((len(ordered) * sums - lower * total) / scale) ** 2 / (lower * (len(ordered) - lower).astype(float))
+        gain = (size * (below[block] + np.cumsum(part)) - lower * below[-1]) / scale
+        gain = gain**2 / (lower * (size - lower).astype(float))
         place = int(gain.argmax())
         if gain[place] > best:
             best, split = float(gain[place]), start + place + 1
-        below = float(sums[-1])
-    low = _sum(ordered[:split], shift) / split
-    return shift + (low + (total - low * split) / (len(ordered) - split)) / 2
+            low = float(below[block] + part[: place + 1].sum()) / split
+    return shift + (low + (float(below[-1]) - low * split) / (size - split)) / 2
 
 
-def _sum(values: np.ndarray, shift: float) -> float:
-    """Return the sum of the differences from `shift`, without a float64 copy of all."""
-    return float(sum((values[i : i + _SAMPLE].astype(float) - shift).sum() for i in range(0, len(values), _SAMPLE)))
+def _with_cut(ordered: np.ndarray, below: np.ndarray, shift: float, slack: float) -> np.ndarray:
+    """Return the blocks in which a split may lie at its own cut; cuts rise with the splits."""
+    size = len(ordered)
+    start = np.arange(0, size - 1, _BLOCK)  # of the last block, too, unless it is one value, after which none is split
+    first, last = start + 1, np.minimum(start + _BLOCK, size - 1)  # sizes of the lower group
+    least, most, end = (ordered[places].astype(float) - shift for places in (start, last, [-1]))
+    sums = [below[: len(start)] + least, np.where(start + _BLOCK < size, below[1 : len(start) + 1], below[-1] - end)]
+    cuts = [(s / k + (below[-1] - s) / (size - k)) / 2 for s, k in zip(sums, (first, last), strict=True)]
+    return np.flatnonzero((least <= cuts[1] + slack) & (cuts[0] <= most + slack))
 
 
 class Mixture(NamedTuple):

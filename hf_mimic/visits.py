@@ -39,7 +39,7 @@ class Means(NamedTuple):
     Args:
         sample_id: (N,), int64, sorted.
         values: Name to means (N,), float32, NaN where there is no value; no entry for a column without any.
-        counts: Name to numbers of values (N,), int32, for the same names.
+        counts: Name to numbers of values (N,), integers, for the same names.
     """
 
     sample_id: np.ndarray

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
+from hf_mimic import two_groups
 from hf_mimic.two_groups import Mixture, has_two_groups, sampled, two_means
 
 
@@ -53,6 +54,27 @@ def test_more_values_than_a_block_are_cut_alike():
     split = (sums**2 / (n * (len(values) - n))).argmax() + 1
     assert two_means(values) == pytest.approx((ordered[:split].mean() + ordered[split:].mean()) / 2, rel=1e-9)
     assert two_means(values.astype(np.float32)) == pytest.approx(two_means(values), rel=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 59, 60, 61])
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_that_are_left_out_do_not_hold_the_cut(monkeypatch, seed, block):
+    generator = np.random.default_rng(seed)
+    values = [generator.normal(size=60), generator.gamma(0.3, size=60), generator.integers(0, 3, 60).astype(float)]
+    monkeypatch.setattr(two_groups, "_BLOCK", block)
+    assert cost(values[seed % 3], two_means(values[seed % 3])) == pytest.approx(best_cost(values[seed % 3]), rel=1e-12)
+
+
+def test_leaving_out_the_wrong_blocks_is_seen(monkeypatch):
+    """The control; and how few blocks are looked at."""
+    values = np.concatenate([np.random.default_rng(0).normal(m, 1, 500) for m in (0, 8)])
+    monkeypatch.setattr(two_groups, "_BLOCK", 50)
+    chosen, found = two_groups._with_cut, []
+    monkeypatch.setattr(two_groups, "_with_cut", lambda *given: found.extend(chosen(*given)) or chosen(*given))
+    assert cost(values, two_means(values)) == pytest.approx(best_cost(values), rel=1e-12)
+    assert len(found) <= 2
+    monkeypatch.setattr(two_groups, "_with_cut", lambda *given: np.array([3]))
+    assert cost(values, two_means(values)) > 1.1 * best_cost(values)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]])
