@@ -5,7 +5,7 @@ Arrays as long as a data set cost more to allocate than to fill.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,3 +38,29 @@ def mean_and_count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def any_known(values: np.ndarray) -> bool:
     """Return whether any of (N, ...) is not NaN; it looks no further than the first."""
     return any(not np.isnan(values[rows]).all() for rows in blocks(len(values)))
+
+
+class Beside:
+    """Arrays (N, V_k) beside each other, (N, V); rows are put together only when they are asked for.
+
+    Args:
+        parts: At least one.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = parts
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return np.concatenate([part[rows].T for part in self.parts]).T  # a column after the other in memory
+
+    def at(self, rows: slice | np.ndarray) -> Beside:
+        """Return some of the rows, not yet put together."""
+        return Beside([part[rows] for part in self.parts])
+
+    def of(self, which: Sequence[int]) -> Beside:
+        """Return all rows of some of the arrays; of none, (N, 0)."""
+        return Beside([self.parts[k] for k in which] or [self.parts[0][:, :0]])

@@ -15,7 +15,7 @@ import pyarrow as pa
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from hf_mimic.blocks import any_known, blocks, row_means
+from hf_mimic.blocks import Beside, any_known, blocks, row_means
 from hf_mimic.checks import check_choice
 from hf_mimic.scores import VALUES, ScoreTable
 from hf_mimic.two_groups import has_two_groups, sampled
@@ -236,7 +236,7 @@ class CutFilter(ScoreFilter):
 
 
 def tallied(
-    votes: np.ndarray, keep: np.ndarray, reason: Callable[[int, int, bool], str]
+    votes: np.ndarray | Beside, keep: np.ndarray, reason: Callable[[int, int, bool], str]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the code (N,) and the sentences of a `FilterResult`.
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from hf_mimic.blocks import any_known, blocks
+from hf_mimic.blocks import Beside, any_known, blocks
 from hf_mimic.checks import check_choice
 from hf_mimic.cuts import FilterResult, ScoreFilter, Votes, tallied
 from hf_mimic.filters import MixtureFilter, TwoMeansFilter
@@ -21,10 +21,18 @@ from hf_mimic.joined import Tables, all_ids, has, means_of, named, rows_of, trus
 from hf_mimic.scores import ScoreTable
 from hf_mimic.table_odds import TableOdds
 from hf_mimic.trust import most_f1, with_odds
-from hf_mimic.two_groups import sampled
-from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority
+from hf_mimic.two_groups import sampled, sampled_rows
+from hf_mimic.votes import ABSTAINS, FEWEST, DawidSkene, count_votes, majority, voting
 
 WAYS = ("auto", "trust", "correlated", "dawid_skene", "majority")
+
+
+class Heard(NamedTuple):
+    """What `Votes` says, the votes not yet copied into one array."""
+
+    sample_id: np.ndarray
+    votes: Beside
+    score: np.ndarray
 
 
 class EnsembleFilter(ScoreFilter):
@@ -77,9 +85,9 @@ class EnsembleFilter(ScoreFilter):
 
     def predict(self, scores: Tables) -> np.ndarray:
         """Return what to keep, booleans (N,)."""
-        return self._keep(self.votes(scores), scores)
+        return self._keep(self._hear(scores), scores)
 
-    def _fit(self, scores: Tables) -> Votes:
+    def _fit(self, scores: Tables) -> Heard:
         check_choice("vote", self.vote, WAYS)
         if self.least != "f1" and not (isinstance(self.least, (int, float)) and 0 < self.least < 1):
             raise ValueError(f'`least` must be in (0, 1) or "f1", got {self.least!r}. Use 0.5 for more likely good.')
@@ -95,8 +103,8 @@ class EnsembleFilter(ScoreFilter):
             raise ValueError(
                 "an ensemble must have a filter, got none: the tables have no scores. Train or score first."
             )
-        heard = self.votes(scores)
-        voices = len(np.unique(self._groups()[heard.votes.max(0, initial=ABSTAINS) != ABSTAINS]))
+        heard = self._hear(scores)
+        voices = len(np.unique(self._groups()[voting(heard.votes)]))
         self.vote_ = self._way(voices, trust)
         means = means_of(scores, heard.sample_id, self._columns())
         self._odds: dict[str, TableOdds] = {}
@@ -107,8 +115,8 @@ class EnsembleFilter(ScoreFilter):
             self._model = DawidSkene(self.vote_ == "correlated").fit(heard.votes, groups=self._groups())
         self.threshold_ = self.least
         if self.least == "f1":
-            # one seed takes the same samples of each
-            good = self._proba(sampled(heard.votes, 0), sampled(trust, 0), sampled(means, 0))
+            some = sampled_rows(len(trust), 0)
+            good = self._proba(heard.votes.at(some), trust[some], means.at(some))
             self.threshold_ = most_f1(good[~np.isnan(good)]) if np.isfinite(good).any() else 0.5
         return heard
 
@@ -118,6 +126,10 @@ class EnsembleFilter(ScoreFilter):
         Args:
             scores: What `fit` takes, with the same names.
         """
+        ids, votes, score = self._hear(scores)
+        return Votes(ids, votes[:], score)
+
+    def _hear(self, scores: Tables) -> Heard:
         check_is_fitted(self)
         tables, ids = named(scores), all_ids(scores)
         wanted = {place: None for place, _, _ in self.filters_}
@@ -140,12 +152,11 @@ class EnsembleFilter(ScoreFilter):
             voters = votes.shape[1]
             self.voters_ += [prefix] if voters == 1 else [f"{prefix}/{epoch}" for epoch in range(voters)]
             self._owner += [len(columns) - 1] * voters
-        return Votes(ids, np.concatenate([votes.T for votes in columns]).T, score)  # a voter after the other in memory
+        return Heard(ids, Beside(columns), score)
 
     def predict_proba(self, scores: Tables) -> np.ndarray:
         """Return P(good) (N,); by majority the share of the votes to keep. NaN where nothing is known."""
-        heard = self.votes(scores)
-        return self._good(heard, scores)
+        return self._good(self._hear(scores), scores)
 
     def filter(self, scores: Tables) -> FilterResult:
         """Return what is kept, what is dropped, and why.
@@ -153,16 +164,16 @@ class EnsembleFilter(ScoreFilter):
         Args:
             scores: What `fit` takes, with the same names.
         """
-        heard = self.votes(scores)
+        heard = self._hear(scores)
         keep = self._keep(heard, scores)
         return FilterResult(heard.sample_id, keep, *tallied(heard.votes, keep, self._reason))
 
-    def _keep(self, heard: Votes, scores: Tables) -> np.ndarray:
+    def _keep(self, heard: Heard, scores: Tables) -> np.ndarray:
         if self.vote_ in ("majority", "nobody"):
             return majority(heard.votes, heard.score)
         return ~(self._good(heard, scores) < self.threshold_)
 
-    def _good(self, heard: Votes, scores: Tables) -> np.ndarray:
+    def _good(self, heard: Heard, scores: Tables) -> np.ndarray:
         ids = heard.sample_id
         return self._proba(heard.votes, trust_of(scores, ids), means_of(scores, ids, self._columns()))
 
@@ -200,35 +211,33 @@ class EnsembleFilter(ScoreFilter):
         found = [(place, model.column_) for place, _, model in self.filters_ if hasattr(model, "column_")]
         return list(dict.fromkeys(found))
 
-    def _parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return of each table which of `_columns` and which voters are its own."""
-        scores, voters = [place for place, _ in self._columns()], [self.filters_[k][0] for k in self._owner]
-        return {
-            place: (np.flatnonzero(np.array(scores) == place), np.flatnonzero(np.array(voters) == place))
-            for place in dict.fromkeys(voters)
-        }
+    def _parts(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Return of each table which of `_columns` and which filters are its own."""
+        columns, filters = [place for place, _ in self._columns()], [place for place, _, _ in self.filters_]
+        return {place: (_where(columns, place), _where(filters, place)) for place in dict.fromkeys(filters)}
 
-    def _learn(self, votes: np.ndarray, trust: np.ndarray, means: np.ndarray) -> None:
+    def _learn(self, votes: Beside, trust: np.ndarray, means: Beside) -> None:
         """Learn what each table says beside the trust; nothing where there is little to learn from."""
-        for place, (columns, voters) in self._parts().items():
-            found = TableOdds(np.array(self._owner)[voters]).fit(trust, means[:, columns], votes[:, voters])
+        for place, (columns, filters) in self._parts().items():
+            owner = [k for k in self._owner if k in filters]
+            found = TableOdds(np.array(owner)).fit(trust, means.of(columns), votes.of(filters))
             if found is not None:
                 self._odds[place] = found
 
-    def _said(self, votes: np.ndarray, means: np.ndarray) -> np.ndarray:
+    def _said(self, votes: Beside, means: Beside) -> np.ndarray:
         """Return the mean log-odds (B,) of the tables that say something of a sample; 0 where none does."""
         total, count = np.zeros(len(votes)), np.zeros(len(votes))
-        for place, (columns, voters) in self._parts().items():
+        for place, (columns, filters) in self._parts().items():
             if place in self._odds:
-                odds = self._odds[place].odds(means[:, columns], votes[:, voters])
+                odds = self._odds[place].odds(means.of(columns)[:], votes.of(filters)[:])
                 total += np.nan_to_num(odds)
                 count += ~np.isnan(odds)
         return total / np.maximum(count, 1)
 
-    def _proba(self, votes: np.ndarray, trust: np.ndarray, means: np.ndarray) -> np.ndarray:
+    def _proba(self, votes: Beside, trust: np.ndarray, means: Beside) -> np.ndarray:
         count, against = count_votes(votes)
         if self._model is not None:
-            good = self._model.predict_proba(votes)
+            good = np.concatenate([self._model.predict_proba(votes[rows]) for rows in blocks(len(votes))])
         elif self.vote_ == "trust":
             if not np.isfinite(trust).any():
                 raise ValueError(
@@ -237,7 +246,7 @@ class EnsembleFilter(ScoreFilter):
                 )
             good = np.where(np.isnan(trust) & (count > 0), np.nanmean(trust), trust)
             for rows in blocks(len(votes)):
-                good[rows] = with_odds(good[rows], self._said(votes[rows], means[rows]))
+                good[rows] = with_odds(good[rows], self._said(votes.at(rows), means.at(rows)))
             return good
         else:
             good = (count - against) / np.maximum(count, 1)
@@ -260,3 +269,7 @@ def default_voters(table: ScoreTable, *, check: bool) -> list[tuple[str, ScoreFi
             found.append((f"two_means({column})", TwoMeansFilter(column, check=check)))
             found.append((f"mixture({column})", MixtureFilter(column, check=check)))
     return found
+
+
+def _where(names: Sequence[str], name: str) -> list[int]:
+    return [k for k, other in enumerate(names) if other == name]

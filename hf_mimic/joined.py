@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hf_mimic.blocks import Beside
 from hf_mimic.scores import ScoreTable
 
 Tables = ScoreTable | Mapping[str, ScoreTable]
@@ -78,16 +79,19 @@ def trust_of(scores: Tables, ids: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def means_of(scores: Tables, ids: np.ndarray, columns: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Return the mean scores (N, K), float32, NaN where there is none.
+def means_of(scores: Tables, ids: np.ndarray, columns: Sequence[tuple[str, str]]) -> Beside:
+    """Return the mean scores (N, K), float32, NaN where there is none; a table of all ids is not copied.
 
     Args:
         scores: The tables.
         ids: As of `all_ids`.
         columns: K pairs of a table's name and a column of its `aggregate()`.
     """
-    tables = named(scores)
-    found = np.full((len(columns), len(ids)), np.nan, np.float32)  # (K, N): a column after the other in memory
-    for values, (place, column) in zip(found, columns, strict=True):
-        values[rows_of(ids, own_ids(tables[place]))] = tables[place].aggregate()[column].to_numpy()
-    return found.T
+    tables, found = named(scores), []
+    for place, column in columns:
+        values, rows = tables[place].aggregate()[column].to_numpy(), rows_of(ids, own_ids(tables[place]))
+        if len(values) < len(ids):
+            own, values = values, np.full(len(ids), np.nan, np.float32)
+            values[rows] = own
+        found.append(values[:, None])
+    return Beside(found or [np.empty((len(ids), 0), np.float32)])

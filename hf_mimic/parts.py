@@ -218,7 +218,11 @@ class SampleIndex:
 
     def ids(self, there: np.ndarray) -> np.ndarray:
         """Return the ids at places (size,) that are true."""
-        return np.flatnonzero(there) + self.first if self.known is None else self.known[there]
+        if self.known is not None:
+            return self.known[there]
+        found = np.flatnonzero(there)
+        found += self.first
+        return found
 
 
 def _distinct(parts: Sequence[Part]) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hf_mimic.blocks import Beside
 from hf_mimic.trust import learned_odds, to_normal_scores
 from hf_mimic.votes import ABSTAINS, count_votes
 
@@ -28,7 +29,7 @@ class TableOdds:
     def __init__(self, owner: np.ndarray) -> None:
         self.owner = owner
 
-    def fit(self, trust: np.ndarray, means: np.ndarray, votes: np.ndarray) -> TableOdds | None:
+    def fit(self, trust: np.ndarray, means: np.ndarray | Beside, votes: np.ndarray | Beside) -> TableOdds | None:
         """Learn from up to 20,000 samples that have a trust and a vote; None if there are less than 100.
 
         Args:

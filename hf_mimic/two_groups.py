@@ -123,7 +123,12 @@ class Mixture(NamedTuple):
 def sampled(values: np.ndarray, seed: int, size: int = _SAMPLE) -> np.ndarray:
     """Return so many of the values or rows at most, chosen by the seed (from many, some may come twice)."""
     values = np.asarray(values)
-    return values if len(values) <= size else values[np.random.default_rng(seed).integers(0, len(values), size)]
+    return values[sampled_rows(len(values), seed, size)]
+
+
+def sampled_rows(count: int, seed: int, size: int = _SAMPLE) -> slice | np.ndarray:
+    """Return which rows of `count` these are."""
+    return slice(None) if count <= size else np.random.default_rng(seed).integers(0, count, size)
 
 
 def has_two_groups(values: np.ndarray, *, level: float = 0.02, seed: int = 0) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from sklearn.base import BaseEstimator
 
-from hf_mimic.blocks import blocks
-from hf_mimic.two_groups import sampled
+from hf_mimic.blocks import Beside, blocks
+from hf_mimic.two_groups import sampled_rows
 
 ABSTAINS = -1
 FEWEST = 3
@@ -21,7 +21,7 @@ _COUNTED = 2_000_000  # kinds: up to so many are counted without a sort
 _LIMITS = (0.02, 0.98)  # of what is learned about a voter: nobody is taken for infallible
 
 
-def count_votes(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_votes(votes: np.ndarray | Beside) -> tuple[np.ndarray, np.ndarray]:
     """Return how many vote on each sample, and how many of them to drop it, (N,) each."""
     count, against = np.empty((2, len(votes)), dtype=np.int32)
     for rows in blocks(len(votes)):
@@ -34,7 +34,12 @@ def _counted(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (votes != ABSTAINS).sum(1, dtype=small), (votes == 0).sum(1, dtype=small)
 
 
-def majority(votes: np.ndarray, score: np.ndarray | None = None) -> np.ndarray:
+def voting(votes: Beside) -> np.ndarray:
+    """Return which voters do not always abstain, booleans (V,)."""
+    return np.concatenate([part.max(0, initial=ABSTAINS) for part in votes.parts]) != ABSTAINS
+
+
+def majority(votes: np.ndarray | Beside, score: np.ndarray | None = None) -> np.ndarray:
     """Return what most votes keep; a tie goes to the score, and a sample without votes is kept.
 
     Args:
@@ -82,7 +87,7 @@ class DawidSkene(BaseEstimator):
     def __init__(self, correlated: bool = True, iterations: int = 100, seed: int = 0) -> None:
         self.correlated, self.iterations, self.seed = correlated, iterations, seed
 
-    def fit(self, votes: np.ndarray, y: object = None, *, groups: np.ndarray | None = None) -> DawidSkene:
+    def fit(self, votes: np.ndarray | Beside, y: object = None, *, groups: np.ndarray | None = None) -> DawidSkene:
         """Learn `prior_` (share of good samples), `keeps_` (2, V; of bad and of good samples) and `weights_` (V,).
 
         Args:
@@ -93,7 +98,8 @@ class DawidSkene(BaseEstimator):
         Raises:
             ValueError: If fewer than three (or groups) vote: from two one cannot tell who is right; or groups are not (V,).
         """
-        kinds, _, counts = patterns(sampled(votes, self.seed, _LEARNED))
+        votes = votes if isinstance(votes, Beside) else np.asarray(votes)
+        kinds, _, counts = patterns(votes[sampled_rows(len(votes), self.seed, _LEARNED)])
         present = ~np.isnan(kinds)
         if groups is not None and np.shape(groups) != (kinds.shape[1],):
             raise ValueError(f"`groups` must have one per voter, {kinds.shape[1]}, got {np.shape(groups)}.")

@@ -45,8 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "votes": {"blocks", "two_groups"},
     "cuts": {"blocks", "checks", "scores", "two_groups", "votes"},
     "filters": {"blocks", "cuts", "scores", "trust", "two_groups", "votes"},
-    "table_odds": {"trust", "votes"},
-    "joined": {"scores"},
+    "table_odds": {"blocks", "trust", "votes"},
+    "joined": {"blocks", "scores"},
     "ensembles": {
         "blocks",
         "checks",

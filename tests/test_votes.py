@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hf_mimic.votes import ABSTAINS, DawidSkene, count_votes, majority, patterns
+from hf_mimic.blocks import Beside
+from hf_mimic.votes import ABSTAINS, DawidSkene, count_votes, majority, patterns, voting
 
 NO = -1
 
@@ -151,3 +152,26 @@ def test_who_votes_must_be_who_was_learned():
     model = DawidSkene().fit(np.ones((50, 4), np.int8))
     with pytest.raises(ValueError, match=r"votes must be \(N, 4\), as in the fit, got \(2, 3\)"):
         model.predict_proba(np.ones((2, 3), np.int8))
+
+
+def test_votes_beside_each_other_are_those_of_one_array():
+    parts = [np.random.default_rng(v).integers(-1, 2, (50, v)).astype(np.int8) for v in (1, 3, 2)]
+    parts[1][:, 2] = NO
+    whole, beside, score = np.concatenate(parts, 1), Beside(parts), np.linspace(-1, 1, 50)
+    assert beside.shape == whole.shape
+    for rows in (slice(None), slice(7, 30), np.array([4, 4, 0])):
+        np.testing.assert_array_equal(beside[rows], whole[rows])
+        np.testing.assert_array_equal(beside.of([0, 2]).at(rows)[:], whole[:, [0, 4, 5]][rows])
+    assert beside.of([]).shape == (50, 0)
+    assert voting(beside).tolist() == [True, True, True, False, True, True]
+    np.testing.assert_array_equal(count_votes(beside), count_votes(whole))
+    np.testing.assert_array_equal(majority(beside, score), majority(whole, score))
+    assert (majority(beside, score) != majority(Beside(parts[:2]), score)).any()
+    assert DawidSkene().fit(beside).prior_ == DawidSkene().fit(whole).prior_
+
+
+def test_more_voters_than_a_byte_counts():
+    votes = np.zeros((2, 300), dtype=np.int8)
+    votes[0, :151] = 1
+    np.testing.assert_array_equal(count_votes(votes), [[300, 300], [149, 300]])
+    assert majority(votes).tolist() == [True, False]
