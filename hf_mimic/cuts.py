@@ -195,14 +195,15 @@ class CutFilter(ScoreFilter):
 
     def _vote(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the votes (n, T) on some samples, and how far they are above the cuts in the mean (n,)."""
-        values = self._sign * values
+        values = values if self._sign > 0 else -values
         least = np.broadcast_to(self._least, values.shape[1]).astype(values.dtype)
-        unknown = np.isnan(values) | np.isinf(
-            least
-        )  # an epoch without a cut says nothing, least of all that it is good
         votes, above = (values >= least).view(np.int8), values - least
-        if unknown.any():
-            votes[unknown], above[unknown] = ABSTAINS, 0
+        total = above.sum(1)
+        if np.isfinite(total).all():  # the usual case
+            return votes, total / values.shape[1]
+        # an epoch without a cut says nothing, least of all that a sample is good
+        unknown = np.isnan(values) | np.isinf(least)
+        votes[unknown], above[unknown] = ABSTAINS, 0
         return votes, above.sum(1) / np.maximum(values.shape[1] - unknown.sum(1), 1)
 
     def _found(self, values: np.ndarray) -> float:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from hf_mimic import expressions
 from hf_mimic.expressions import CombinedFilter
 from hf_mimic.scores import ScoreTable
 
@@ -118,3 +119,22 @@ def test_a_column_without_values_says_nothing(expression):
     with pytest.raises(ValueError, match=r"must have values, `trust` has none\. There are: loss\."):
         CombinedFilter(expression).fit(columns)
     assert CombinedFilter("(loss > 0) - known(trust)").fit_predict(columns).all()  # who asks knows
+
+
+def test_only_columns_of_the_expression_are_made(monkeypatch):
+    made, numbers = [], expressions._numbers
+    monkeypatch.setattr(expressions, "_numbers", lambda column: made.append(column) or numbers(column))
+    table = pa.table({"a": [1.0, 2.0], "b": [1.0, None], "word": ["x", "y"]})
+    assert CombinedFilter("top(a, 0.5)").predict(table).tolist() == [False, True]
+    assert made
+    assert all(column.equals(table["a"]) for column in made)
+    with pytest.raises(ValueError, match="a column must be one of a, b, got 'word'"):
+        CombinedFilter("known(word)").predict(table)
+
+
+@pytest.mark.parametrize("known", [[1.0, 2.0, 3.0, 4.0], [NAN, 2.0, 3.0, 4.0, NAN, 1.0]])
+def test_shares_are_of_the_known_values(known):
+    values = {"a": np.float32(known)}
+    kept = CombinedFilter("top(a, 0.5)").predict(values)
+    assert sorted(values["a"][kept].tolist()) == [3, 4]
+    assert sorted(values["a"][CombinedFilter("bottom(a, 0.5)").predict(values)].tolist()) == [1, 2]
