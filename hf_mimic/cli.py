@@ -25,7 +25,7 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
 
     types = COMMANDS[command][1]()
     parser = HfArgumentParser(types, prog=f"hf-mimic {command}", description=inspect.getdoc(COMMANDS[command][0]))
-    described = {name: text for kind in types for name, text in _argument_docs(kind).items()}
+    described = {name: text for kind in types for each in kind.__mro__ for name, text in _argument_docs(each).items()}
     for action in parser._actions:
         action.help = action.help or described.get(action.dest)
     parser.add_argument("--config", help="YAML file with values for these flags; flags on the command line win.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+
+from hf_mimic.data_arguments import PlaceArguments
 
 
 @dataclass
@@ -18,48 +18,6 @@ class DemoArguments:
 
     output_dir: str = "demo_output"
     seeds: int = 3
-
-
-@dataclass
-class DataArguments:
-    """The data set to train on or to score.
-
-    Args:
-        model: Hub repo id or folder of the student; for training, its head is made anew if the labels differ.
-        dataset: Hub data set, folder (images, Parquet, save_to_disk) or data file.
-        split: Split of the data set.
-        eval_split: Split to evaluate on after each epoch, or a data file.
-        image_column: Column with the images.
-        label_column: Column with the labels.
-        text_column: Column with captions, strings or lists of strings of which the first counts: trains an image-text
-            model (CLIP, SigLIP ...) on pairs, not a classifier on labels.
-        image_id_column: With text_column: rows of the evaluation data with the same value are captions of one image, that of
-            the first of them; by default every row has an image of its own.
-        on_error: What to do with an image that does not decode: "raise" names its row, "skip" drops and counts it.
-    """
-
-    model: str
-    dataset: str
-    split: str = "train"
-    eval_split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    text_column: str | None = None
-    image_id_column: str | None = None
-    on_error: str = "raise"
-
-
-def evaluation_part(options: DataArguments) -> DataArguments:
-    """Return the same with the data to evaluate on: another split, or a file of its own."""
-    given = str(options.eval_split)
-    if Path(given).exists():
-        return replace(options, dataset=given, split="train")
-    return replace(options, split=given)
-
-
-def resume_point(given: Any) -> Any:
-    """Return what `Trainer.train` takes for a `resume_from_checkpoint` of the command line: true, false or a folder."""
-    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 @dataclass
@@ -96,7 +54,7 @@ class ScoreArguments:
 
 
 @dataclass
-class FilterArguments:
+class FilterArguments(PlaceArguments):
     """Write the curated data set: scores as columns, rejected rows left out.
 
     Args:
@@ -147,7 +105,7 @@ class RuleArguments:
 
 
 @dataclass
-class PushArguments:
+class PushArguments(PlaceArguments):
     """Where on the Hub the curated data set goes: data, scores, decisions, card and figures, in one commit.
 
     Args:
@@ -183,7 +141,7 @@ class PushArguments:
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(PlaceArguments):
     """An image-text model, and the data set to measure it on.
 
     Args:
@@ -238,7 +196,7 @@ class CompareArguments:
 
 
 @dataclass
-class ReportArguments:
+class ReportArguments(PlaceArguments):
     """What a report is about, and where it goes.
 
     Args:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_mimic.command_arguments import (
     CompareArguments,
-    DataArguments,
     DemoArguments,
     EvaluateArguments,
     FilterArguments,
@@ -19,9 +18,8 @@ from hf_mimic.command_arguments import (
     ReportArguments,
     RuleArguments,
     ScoreArguments,
-    evaluation_part,
-    resume_point,
 )
+from hf_mimic.data_arguments import DataArguments, evaluation_part, resume_point
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -182,7 +180,9 @@ def _rows(options: DataArguments, sample_id_column: str, labels: list[str] | Non
 
     check_choice("on_error", options.on_error, ("raise", "skip"))
     rows = with_class_labels(
-        identified(load_rows(options.dataset, options.split), sample_id_column), options.label_column, labels
+        identified(load_rows(options.dataset, options.split, **options.place), sample_id_column),
+        options.label_column,
+        labels,
     )
     if options.on_error == "skip":
         rows, bad = drop_unreadable(rows, options.image_column)
@@ -202,12 +202,16 @@ def _model(name: str, labels: list[str]) -> tuple[Any, Any, list[str]]:
     """Return the model with these labels, its image processor, and the parameters that the checkpoint did not have."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    from hf_mimic.hub_loading import loading
+
     ids = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name, ignore_mismatched_sizes=True, output_loading_info=True, **ids
-    )
+    with loading(name, repo_type="model"):
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, ignore_mismatched_sizes=True, output_loading_info=True, **ids
+        )
+        processor = AutoImageProcessor.from_pretrained(name)
     made = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    return model, AutoImageProcessor.from_pretrained(name), made
+    return model, processor, made
 
 
 def _runnable(model: Any, reference: str, revision: str | None) -> Any:

@@ -15,6 +15,8 @@ import pyarrow as pa
 import torch
 from PIL.Image import DecompressionBombError
 
+from hf_mimic.hub_loading import loading
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -184,15 +186,20 @@ def add_label_noise(
     return dataset.add_column(column, noisy, feature=feature)
 
 
-def load_rows(name: str, split: str = "train") -> Dataset:
+def load_rows(name: str, split: str = "train", *, config: str | None = None, revision: str | None = None) -> Dataset:
     """Load one split of a Hub data set, a folder (images, Parquet, or `save_to_disk`'s), or a single data file.
 
     Raises:
-        ValueError: If the file's kind is unknown, a file is broken, or there is no such split.
+        HubError: If there is no such data set or revision, it is closed to this login, or the Hub does not answer.
+        ValueError: If the file's kind is unknown, a file is broken, or there is no such split or configuration.
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     path = Path(name)
+    if (config is not None or revision is not None) and (path.exists() or path.suffix in _FILE_KINDS):
+        raise ValueError(
+            f"only a Hub data set has a configuration or revision, got {config or revision!r} for {name}."
+        )
     if path.suffix in _FILE_KINDS or path.is_file():
         return _load_file(path, split)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -202,7 +209,8 @@ def load_rows(name: str, split: str = "train") -> Dataset:
         if split not in loaded:
             raise ValueError(f"{name} must have the split {split!r}, got {', '.join(loaded)}.")
         return loaded[split]
-    return load_dataset(name, split=split)
+    with loading(name, repo_type="dataset", revision=revision):
+        return load_dataset(name, config, split=split, revision=revision)
 
 
 def _load_file(path: Path, split: str) -> Dataset:

@@ -29,6 +29,7 @@ from hf_mimic.embeddings import (
     text_features,
 )
 from hf_mimic.files import write_atomically
+from hf_mimic.hub_loading import loading
 from hf_mimic.images import as_rgb
 from hf_mimic.mimic import eval_mode
 from hf_mimic.retrieval import recall, zero_shot_accuracy
@@ -132,7 +133,9 @@ def load_image_text_model(name: str, *, device: str | None = None) -> tuple[Any,
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    with loading(name, repo_type="model"):
+        model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(name)
     check_image_text(model)
     made = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if made:
@@ -141,7 +144,7 @@ def load_image_text_model(name: str, *, device: str | None = None) -> tuple[Any,
             f"such as {made[0]}: they would be drawn at random. Is it the classifier or captioner of that family?"
         )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model, _tokenizer(name), AutoImageProcessor.from_pretrained(name)
+    return model, _tokenizer(name), processor
 
 
 def _tokenizer(name: str) -> Any:
@@ -264,7 +267,7 @@ def _check_options(options: EvaluateArguments) -> None:
 
 def _rows(options: EvaluateArguments) -> tuple[Dataset, int]:
     """Return the rows whose images decode, with class labels if asked for, and how many were left out."""
-    rows = load_rows(options.dataset, options.split)
+    rows = load_rows(options.dataset, options.split, **options.place)
     check_columns(
         rows,
         image_column=options.image_column,

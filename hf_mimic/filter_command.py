@@ -39,7 +39,7 @@ def filter_data(options: FilterArguments, rule: RuleArguments) -> dict[str, Any]
         ValueError: If data set, scores and rule do not fit together, or nothing is kept.
     """
     _check_output(options)
-    given = load_rows(options.dataset, options.split)
+    given = load_rows(options.dataset, options.split, **options.place)
     scored, _, result = decided_rows(given, options.scores, rule, options.sample_id_column)
     decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
     kept = np.asarray(decided.fill_null(not rule.drop_unscored))

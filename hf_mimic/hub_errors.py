@@ -85,7 +85,7 @@ def status_of(error: BaseException) -> int | None:
 
 def request_of(error: BaseException) -> tuple[str, str]:
     """Return method and path of the request that failed, empty where it is not known."""
-    for each in _chain(error):
+    for each in chain(error):
         request = getattr(each, "_request", None) or getattr(getattr(each, "response", None), "_request", None)
         if request is not None:
             return str(request.method), str(request.url.path)
@@ -125,7 +125,7 @@ def is_transient(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return _passes(status)
-    cut_off = any("Consistency check failed" in str(each) for each in _chain(error))
+    cut_off = any("Consistency check failed" in str(each) for each in chain(error))
     return cut_off or _first(error, *_BROKEN_OFF, json.JSONDecodeError, UnicodeDecodeError) is not None
 
 
@@ -256,7 +256,7 @@ def _kept(writing: bool) -> str:
 # ---- looking into an error -----------------------------------------------------------------------------------------
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, then what it was raised from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -266,7 +266,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _first(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
-    return next((each for each in _chain(error) if isinstance(each, kinds)), None)
+    return next((each for each in chain(error) if isinstance(each, kinds)), None)
 
 
 def _answer(error: BaseException) -> str:
@@ -277,7 +277,7 @@ def _answer(error: BaseException) -> str:
 
 
 def _response(error: BaseException) -> Any:
-    found = (getattr(each, "response", None) for each in _chain(error))
+    found = (getattr(each, "response", None) for each in chain(error))
     return next((response for response in found if getattr(response, "status_code", None) is not None), None)
 
 

@@ -80,7 +80,7 @@ def pin(reference: object, revision: str | None = None, *, repo_type: str = "mod
         except hub_errors() as error:
             if not pauses or not is_transient(error):
                 step = f"looking up {revision or 'the main branch'}"
-                raise _refusal(error, repo, step, repo_type) from None
+                raise refusal(error, repo, step, repo_type) from None
             time.sleep(min(max(pauses.pop(0), retry_after(error) or 0), _PATIENCE))
         else:
             return found.resolved
@@ -112,7 +112,7 @@ def find_file(reference: str | Path, name: str, revision: str | None, *, repo_ty
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if missing or (isinstance(error, LocalEntryNotFoundError) and is_offline_mode()):
             return None
-        raise _refusal(error, repo, f"reading {name}", repo_type) from None
+        raise refusal(error, repo, f"reading {name}", repo_type) from None
 
 
 def has_file(reference: str | Path, name: str, revision: str | None) -> bool:
@@ -134,7 +134,7 @@ def _is_repo(reference: str | Path) -> bool:
     return True
 
 
-def _refusal(error: BaseException, repo_id: str, step: str, repo_type: str) -> HubError:
+def refusal(error: BaseException, repo_id: str, step: str, repo_type: str) -> HubError:
     """Explain an error; a repo that is not there may be one of another type, under the same name."""
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         for other in _KINDS.keys() - {repo_type}:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_mimic.captions import check_columns, image_places
 from hf_mimic.checks import check_choice
-from hf_mimic.command_arguments import DataArguments, evaluation_part, resume_point
 from hf_mimic.data import drop_unreadable, load_rows
+from hf_mimic.data_arguments import DataArguments, evaluation_part, resume_point
 from hf_mimic.embeddings import context_length
 from hf_mimic.evaluation import load_image_text_model
 from hf_mimic.metrics import retrieval
@@ -97,7 +97,7 @@ def _rows(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Return the rows with caption and image, with ids, and the lines of the table on what was left out."""
     text_column: Any = options.text_column
-    rows = load_rows(options.dataset, options.split)
+    rows = load_rows(options.dataset, options.split, **options.place)
     check_columns(
         rows,
         image_column=options.image_column,

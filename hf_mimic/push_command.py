@@ -36,7 +36,7 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         table = open_scores(options.scores)
         lines = {"samples": len(table.aggregate()), "visits": len(table)}
         return lines | _told(push_scores(table, options.repo_id, **where))
-    given = load_rows(options.dataset, options.split)
+    given = load_rows(options.dataset, options.split, **options.place)
     rows, table, result = decided_rows(given, options.scores, rule, options.sample_id_column)
     done = push_curated_dataset(
         rows,

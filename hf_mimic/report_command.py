@@ -36,7 +36,7 @@ def run_report(options: ReportArguments) -> dict[str, Any]:
     """
     if options.scores is None and options.dataset is None:
         raise ValueError("--scores or a --dataset with score columns must be given, got neither.")
-    dataset = None if options.dataset is None else load_rows(options.dataset, options.split)
+    dataset = None if options.dataset is None else load_rows(options.dataset, options.split, **options.place)
     table = None if options.scores is None else ScoreTable.load(options.scores)
     filters = {} if table is None else table_filters(table)
     mine = _own_filter(dataset, table, options)

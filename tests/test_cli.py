@@ -19,6 +19,7 @@ from hf_mimic.cli import main
 from hf_mimic.command_arguments import EvaluateArguments
 from hf_mimic.commands import COMMANDS, DataArguments, FilterArguments, ScoreArguments
 from hf_mimic.data import load_rows, with_image_transform
+from hf_mimic.data_arguments import evaluation_part
 from hf_mimic.scores import ScoreTable
 
 gc.freeze()  # every training collects garbage: it need not walk what was imported
@@ -556,7 +557,7 @@ def test_help_describes_every_flag_of_ours(command, capsys):
 def test_every_field_is_documented():
     for kind in (DataArguments, ScoreArguments, FilterArguments, EvaluateArguments):
         for field in dataclasses.fields(kind):
-            assert f"        {field.name}: " in kind.__doc__
+            assert any(f"        {field.name}: " in (each.__doc__ or "") for each in kind.__mro__)
 
 
 def test_compare_ranks_data_sets(tmp_path, capsys):
@@ -582,3 +583,14 @@ def test_compare_ranks_data_sets(tmp_path, capsys):
     )
     fails(capsys, 1, "`by` must be one of", lambda: main(["compare", "--scores", *folders, "--by", "size"]))
     fails(capsys, 1, "must hold the score shards", lambda: main(["compare", "--scores", str(tmp_path)]))
+
+
+def test_evaluation_on_another_data_set():
+    options = DataArguments("m", "user/curated", dataset_revision="c1", eval_split="test", eval_dataset="user/data")
+    options.eval_dataset_revision = "c0"
+    part = evaluation_part(options)
+    assert (part.dataset, part.split, part.place) == ("user/data", "test", {"config": None, "revision": "c0"})
+    part = evaluation_part(DataArguments("m", "user/data", dataset_revision="c1", eval_split="test"))
+    assert (part.dataset, part.split, part.dataset_revision) == ("user/data", "test", "c1")
+    part = evaluation_part(DataArguments("m", "user/data", dataset_revision="c1", eval_split=__file__))
+    assert (part.dataset, part.split, part.dataset_revision) == (__file__, "train", None)
