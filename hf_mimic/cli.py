@@ -6,73 +6,38 @@ Exit code 0, 1 (a failure, with one line that says what to do) or 2 (wrong use).
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from hf_mimic.commands import COMMANDS
+from hf_mimic.flags import closest, parser_of, read_yaml, set_values
 from hf_mimic.origins import COMMAND
 
 
 def parse(command: str, argv: Sequence[str]) -> list[Any]:
     """Return the command's dataclasses, filled from `--config file.yaml` and then from the flags."""
-    from transformers import HfArgumentParser
-
     types = COMMANDS[command][1]()
-    parser = HfArgumentParser(types, prog=f"hf-mimic {command}", description=inspect.getdoc(COMMANDS[command][0]))
-    described = {name: text for kind in types for each in kind.__mro__ for name, text in _argument_docs(each).items()}
-    for action in parser._actions:
-        action.help = action.help or described.get(action.dest)
-    parser.add_argument("--config", help="YAML file with values for these flags; flags on the command line win.")
-    config = argparse.ArgumentParser(add_help=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
-    if path is not None:
-        _apply_config(parser, path)
+    parser = parser_of(types, prog=f"hf-mimic {command}", description=inspect.getdoc(COMMANDS[command][0]))
+    path = None
+    if "--config" not in parser._option_string_actions:  # of `run` it is the recipe
+        parser.add_argument("--config", help="YAML file with values for these flags; flags on the command line win.")
+        config = argparse.ArgumentParser(add_help=False)
+        config.add_argument("--config")
+        path = config.parse_known_args(argv)[0].config
     try:
+        if path is not None:
+            set_values(parser, read_yaml(path, f"--config {path}"), f"--config {path}")
         *options, unknown = parser.parse_args_into_dataclasses(
             list(argv), look_for_args_file=False, return_remaining_strings=True
         )
-    except ValueError as error:  # a check of the dataclass
+    except ValueError as error:  # of the file, or a check of the dataclass
         parser.error(str(error))
     if unknown:
-        parser.error(f"unknown {' '.join(unknown)}{_closest(unknown[0], parser._option_string_actions)}")
+        parser.error(f"unknown {' '.join(unknown)}{closest(unknown[0], parser._option_string_actions)}")
     return options[: len(types)]
-
-
-def _apply_config(parser: argparse.ArgumentParser, path: str) -> None:
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"--config {path}: it must hold `key: value` lines, got a {type(values).__name__}")
-    actions = {action.dest: action for action in parser._actions}
-    for name in values:
-        if name not in actions:
-            parser.error(f"--config {path}: unknown key {name!r}{_closest(name, actions)}")
-        actions[name].required = False
-    parser.set_defaults(**values)
-
-
-def _closest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _argument_docs(kind: type) -> dict[str, str]:
-    """Return name to description from the `Args:` section of a dataclass's docstring."""
-    doc = inspect.getdoc(kind) or ""
-    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", doc, re.M)
-    entries = re.findall(r"^ {4}(\w+): ((?:.*)(?:\n {8}.*)*)", section.group(1) if section else "", re.M)
-    return {name: re.sub(r"\s+", " ", text).replace("%", "%%") for name, text in entries}
 
 
 def _told(error: BaseException) -> str:

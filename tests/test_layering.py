@@ -338,7 +338,8 @@ ARROWS: dict[str, set[str]] = {
         "report_command",
         "trainer",
     },
-    "cli": {"commands", "origins"},
+    "flags": set(),
+    "cli": {"commands", "flags", "origins"},
 }
 LINES, BODY = 300, 50
 
