@@ -20,7 +20,8 @@ def parser_of(types: Sequence[type], **options: Any) -> Any:
     """Return an `HfArgumentParser` whose help is what the docstrings of the dataclasses say."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(types, **options)
+    kinds: Any = types
+    parser = HfArgumentParser(kinds, **options)
     described = {name: text for kind in types for each in kind.__mro__ for name, text in _argument_docs(each).items()}
     for action in parser._actions:
         action.help = action.help or described.get(action.dest)

@@ -55,7 +55,9 @@ def test_every_default_may_be_written_down(command):
     }
     given = {name: value for name, value in given.items() if value != ""}  # of debug, for which no flag has a word
     after = from_values(types, given | needed | quiet, "here")
-    assert [str(each) for each in after] == [str(each) for each in before]
+    for one, other in zip(after, before, strict=True):
+        for entry in dataclasses.fields(one):
+            assert getattr(one, entry.name) == getattr(other, entry.name), entry.name
 
 
 def _required(entry):
