@@ -243,3 +243,19 @@ class ReportArguments(PlaceArguments):
     max_images: int = 2_000
     seed: int = 0
     space: bool = False
+
+
+@dataclass
+class RunArguments:
+    """Which recipe, and which of its steps.
+
+    Args:
+        config: YAML file with the recipe: keys that the steps share, and a section of flags for each of train (or score),
+            filter, report, push, retrain, evaluate; see examples/recipe.yaml.
+        from_step: Also --from: do this step and those after it again, though they are done.
+        overwrite: Do every step again.
+    """
+
+    config: str
+    from_step: str | None = field(default=None, metadata={"aliases": ["--from"]})
+    overwrite: bool = False

@@ -17,9 +17,11 @@ from hf_mimic.command_arguments import (
     PushArguments,
     ReportArguments,
     RuleArguments,
+    RunArguments,
     ScoreArguments,
 )
 from hf_mimic.data_arguments import DataArguments, evaluation_part, resume_point
+from hf_mimic.tables import Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,14 +75,14 @@ def train(options: DataArguments, args: Any) -> str:
         lines["accuracy"] = f"{trainer.evaluate()['eval_accuracy']:.4f}"
     if not trainer.is_world_process_zero():
         return ""
-    return _table(lines) + f"\n\nnext: hf-mimic filter --dataset {options.dataset} --scores {args.scores_dir}"
+    return Table(lines, f"\n\nnext: hf-mimic filter --dataset {options.dataset} --scores {args.scores_dir}")
 
 
 def _train_pairs(options: DataArguments, args: Any) -> str:
     from hf_mimic.pair_training import train_pairs
 
     lines = train_pairs(options, args)
-    return _table(lines) if lines else ""
+    return Table(lines) if lines else ""
 
 
 def score(options: DataArguments, scoring: ScoreArguments) -> str:
@@ -131,21 +133,21 @@ def score(options: DataArguments, scoring: ScoreArguments) -> str:
         print(f"{scoring.output_dir} held earlier scores; they are now in {report.moved}")
     lines = {**report.told(), **summary(scoring.output_dir)}
     lines["layers"] = f"{len(direction)} tensors, {sum(v.numel() for v in direction.values()):,} parameters"
-    return _table({**lines, "scores": scoring.output_dir})
+    return Table({**lines, "scores": scoring.output_dir})
 
 
 def filter_rows(options: FilterArguments, rule: RuleArguments) -> str:
     """Attach the scores, decide what to keep, write Parquet."""
     from hf_mimic.filter_command import filter_data
 
-    return _table(filter_data(options, rule))
+    return Table(filter_data(options, rule))
 
 
 def push(options: PushArguments, rule: RuleArguments) -> str:
     """Publish the curated data set, or the scores alone, on the Hub."""
     from hf_mimic.push_command import run_push
 
-    return _table(run_push(options, rule))
+    return Table(run_push(options, rule))
 
 
 def compare(options: CompareArguments) -> str:
@@ -159,14 +161,21 @@ def evaluate(options: EvaluateArguments) -> str:
     """Measure how an image-text model retrieves and classifies."""
     from hf_mimic.evaluation import evaluate_image_text, readable
 
-    return _table(readable(evaluate_image_text(options)))
+    return Table(readable(evaluate_image_text(options)))
 
 
 def report(options: ReportArguments) -> str:
     """Write a page on which a person looks at the scores and chooses the cut."""
     from hf_mimic.report_command import run_report
 
-    return _table(run_report(options))
+    return Table(run_report(options))
+
+
+def run(options: RunArguments) -> str:
+    """Train, filter, report, publish and train again, from one recipe."""
+    from hf_mimic.run_command import run_recipe
+
+    return Table(run_recipe(options, COMMANDS))
 
 
 # ---- shared by the commands ----------------------------------------------------------------------------------------
@@ -223,11 +232,6 @@ def _runnable(model: Any, reference: str, revision: str | None) -> Any:
         raise ValueError(f"the reference cannot be run: {error}\nScore without: --run_reference False") from error
 
 
-def _table(lines: dict[str, Any]) -> str:
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-
-
 def _training_arguments() -> list[Any]:
     from hf_mimic.arguments import MimicTrainingArguments
 
@@ -243,4 +247,5 @@ COMMANDS: dict[str, tuple[Callable[..., str], Callable[[], list[Any]]]] = {
     "evaluate": (evaluate, lambda: [EvaluateArguments]),
     "compare": (compare, lambda: [CompareArguments]),
     "report": (report, lambda: [ReportArguments]),
+    "run": (run, lambda: [RunArguments]),
 }

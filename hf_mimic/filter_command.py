@@ -38,7 +38,7 @@ def filter_data(options: FilterArguments, rule: RuleArguments) -> dict[str, Any]
     Raises:
         ValueError: If data set, scores and rule do not fit together, or nothing is kept.
     """
-    _check_output(options)
+    check_output(options)
     given = load_rows(options.dataset, options.split, **options.place)
     scored, _, result = decided_rows(given, options.scores, rule, options.sample_id_column)
     decided = scored.select_columns("keep").with_format("arrow")[:]["keep"]
@@ -55,7 +55,7 @@ def filter_data(options: FilterArguments, rule: RuleArguments) -> dict[str, Any]
     return {
         "rows": len(scored),
         "without a score": without,
-        "kept": f"{kept.sum()} ({kept.mean():.1%})",
+        "kept": share(kept),
         "rule": result.rule,
         "written": options.output,
     }
@@ -91,6 +91,11 @@ def decided_rows(given: Dataset, scores: str, rule: RuleArguments, sample_id_col
     return Decided(scored, table, result)
 
 
+def share(kept: np.ndarray) -> str:
+    """Return how many of the rows are kept (N,)."""
+    return f"{kept.sum()} ({kept.mean():.1%})"
+
+
 def _earlier(columns: list[str]) -> list[str]:
     """Return the columns that an earlier filter put behind the user's own, which may have the same names."""
     end = columns.index("keep") + 1
@@ -110,7 +115,12 @@ def _with_reasons(rows: Dataset, result: FilterResult, sample_id_column: str) ->
     return rows.add_column("reason", pa.array(result.reasons).take(code))
 
 
-def _check_output(options: FilterArguments) -> None:
+def check_output(options: FilterArguments) -> None:
+    """Refuse to write what is no Parquet file, or over the data set.
+
+    Raises:
+        ValueError: If the output is one of them.
+    """
     output, source = Path(options.output).resolve(), Path(options.dataset).resolve()
     if output.suffix != ".parquet":
         raise ValueError(f"--output must be a .parquet file, got {options.output}.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from hf_mimic.command_arguments import PushArguments, RuleArguments
 from hf_mimic.curated import push_curated_dataset
+from hf_mimic.curation import keep_column
 from hf_mimic.data import load_rows
-from hf_mimic.filter_command import decided_rows
+from hf_mimic.filter_command import decided_rows, share
 from hf_mimic.hub import Published
 from hf_mimic.push_options import PushOptions
 from hf_mimic.run_record import public_name
@@ -52,9 +55,10 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         num_proc=options.num_proc,
         **where,
     )
-    return {"rows": len(rows), "rule": result.rule} | _told(done)
+    kept = keep_column(rows).fill_null(not rule.drop_unscored)
+    return {"rows": len(rows), "kept": share(np.asarray(kept)), "rule": result.rule} | _told(done)
 
 
 def _told(done: Published) -> dict[str, Any]:
     lines = {"published" if done.changed else "nothing to do, it is there already": done.url, "commit": done.commit}
-    return lines | {"next": f'load_dataset("{done.repo_id}", revision="{done.commit}")'}
+    return lines | {"repo": done.repo_id, "next": f'load_dataset("{done.repo_id}", revision="{done.commit}")'}

@@ -39,12 +39,7 @@ def decide(options: RuleArguments, folder: str, table: ScoreTable) -> FilterResu
     Raises:
         ValueError: If the flags contradict each other, or the table does not have what they ask for.
     """
-    given = [name for name in _RULES if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"one rule must decide, got {' and '.join(f'--{name}' for name in given)}. Choose one.")
-    rule = _rule(options, table)
-    if options.more_scores and not isinstance(rule, EnsembleFilter):
-        raise ValueError("--more_scores must come with --filter ensemble, got another rule.")
+    rule = chosen(options) or default_filter(table)
     scores: Any = table
     if options.more_scores:
         scores = {name: ScoreTable.load(name) for name in (folder, *options.more_scores)}
@@ -52,20 +47,27 @@ def decide(options: RuleArguments, folder: str, table: ScoreTable) -> FilterResu
     return replace(result, rule=in_words(rule))
 
 
-def _rule(options: RuleArguments, table: ScoreTable) -> ScoreFilter:
+def chosen(options: RuleArguments) -> ScoreFilter | None:
+    """Return the filter of the flags, None for the default, which depends on the scores.
+
+    Raises:
+        ValueError: If the flags contradict each other.
+    """
+    flags = [name for name in _RULES if getattr(options, name) is not None]
+    if len(flags) > 1:
+        raise ValueError(f"one rule must decide, got {' and '.join(f'--{name}' for name in flags)}. Choose one.")
     if options.column is not None and options.filter not in ("two_means", "mixture") and options.top is None:
         raise ValueError("--column must come with --filter two_means, --filter mixture or --top, got none of them.")
     if options.filter is not None:
         check_choice("--filter", options.filter, FILTERS)
-    given: dict[str, tuple[Any, Callable[[], ScoreFilter]]] = {
-        "--expression": (options.expression, lambda: CombinedFilter(str(options.expression))),
-        "--min_score": (options.min_score, lambda: CombinedFilter(f"~(mimic_score < {options.min_score!r})")),
-        "--top": (options.top, lambda: ThresholdFilter(top=options.top, column=options.column)),
-        "--threshold": (options.threshold, lambda: ThresholdFilter(float(options.threshold or 0))),
-        "--min_trust": (options.min_trust, lambda: TrustFilter(float(options.min_trust or 0))),
-        "--filter": (options.filter, lambda: FILTERS[str(options.filter)](options.column)),
+    if options.more_scores and options.filter != "ensemble":
+        raise ValueError("--more_scores must come with --filter ensemble, got another rule.")
+    given: dict[str, Callable[[], ScoreFilter]] = {
+        "expression": lambda: CombinedFilter(str(options.expression)),
+        "min_score": lambda: CombinedFilter(f"~(mimic_score < {options.min_score!r})"),
+        "top": lambda: ThresholdFilter(top=options.top, column=options.column),
+        "threshold": lambda: ThresholdFilter(float(options.threshold or 0)),
+        "min_trust": lambda: TrustFilter(float(options.min_trust or 0)),
+        "filter": lambda: FILTERS[str(options.filter)](options.column),
     }
-    for value, make in given.values():
-        if value is not None:
-            return make()
-    return default_filter(table)
+    return given[flags[0]]() if flags else None

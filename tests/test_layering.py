@@ -294,6 +294,7 @@ ARROWS: dict[str, set[str]] = {
     "push_command": {
         "command_arguments",
         "curated",
+        "curation",
         "data",
         "filter_command",
         "hub",
@@ -336,9 +337,24 @@ ARROWS: dict[str, set[str]] = {
         "quality_command",
         "reference_pass",
         "report_command",
+        "run_command",
+        "tables",
         "trainer",
     },
     "flags": set(),
+    "tables": set(),
+    "recipes": {"command_arguments", "flags"},
+    "run_command": {
+        "checkpoints",
+        "checks",
+        "command_arguments",
+        "files",
+        "filter_command",
+        "hub_errors",
+        "recipes",
+        "rules",
+        "tables",
+    },
     "cli": {"commands", "flags", "origins"},
 }
 LINES, BODY = 300, 50

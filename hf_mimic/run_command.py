@@ -1,0 +1,270 @@
+"""What `hf-mimic run` does: the steps of a recipe in order, each once, and on from where a run was stopped.
+
+Read `run_recipe`, then `_Run.plan`. What was done is noted in `<output_dir>/mimic_recipe.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_mimic.checkpoints import last_complete
+from hf_mimic.checks import check_choice
+from hf_mimic.command_arguments import RunArguments
+from hf_mimic.files import write_atomically
+from hf_mimic.filter_command import check_output
+from hf_mimic.hub_errors import explain, hub_errors
+from hf_mimic.recipes import STEPS, TRAININGS, Recipe, read_recipe
+from hf_mimic.rules import chosen
+from hf_mimic.tables import Table
+
+NOTES = "mimic_recipe.json"
+_READS = {  # which of the steps before must be as they were for a step to count as done
+    "filter": ("train", "score"),
+    "report": ("train", "score"),
+    "push": ("train", "score"),
+    "retrain": ("filter",),
+    "evaluate": ("train", "retrain"),
+}
+_MEASURED = ("accuracy", "rsum")  # the names of the measure in a training's table
+Commands = Mapping[str, tuple[Callable[..., str], Callable[[], list[Any]]]]
+
+
+def run_recipe(options: RunArguments, commands: Commands) -> dict[str, Any]:
+    """Do what a recipe asks for and is not done yet; print the table of every step, return the lines of the last one.
+
+    Args:
+        options: Which recipe, and from where.
+        commands: Command to its function and dataclasses.
+
+    Raises:
+        ValueError: If the recipe is wrong, its settings changed after they were trained with, or this is one of several
+            processes.
+        HubError: If it is to publish and there is no login.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"`hf-mimic run` must be a single process, got WORLD_SIZE={os.environ['WORLD_SIZE']}. Launch the training by "
+            "itself (accelerate launch -m hf_mimic.cli train ...), then run a recipe without `train:` whose `scores:` names "
+            "the folder of its scores."
+        )
+    recipe = read_recipe(options.config, {name: types() for name, (_, types) in commands.items()})
+    run = _Run(recipe, commands, _begin(options, recipe))
+    run.check()
+    for step in recipe.values:
+        run.do(step)
+    return run.summary()
+
+
+def _begin(options: RunArguments, recipe: Recipe) -> str | None:
+    """Return the step from which on all are done again, None if only what is not done is."""
+    if options.from_step is not None:
+        check_choice("--from", options.from_step, recipe.values)
+        return options.from_step
+    return next(iter(recipe.values)) if options.overwrite or recipe.overwrite else None
+
+
+class _Plan(NamedTuple):
+    """Whether a step is done now, why, and what it is told more than the recipe says."""
+
+    now: bool
+    why: str = ""
+    more: Mapping[str, Any] = {}
+
+
+class _Run:
+    """The steps of a recipe, and what is known of those that were done."""
+
+    def __init__(self, recipe: Recipe, commands: Commands, begin: str | None) -> None:
+        self.recipe, self.commands, self.notes = recipe, commands, Notes(Path(recipe.output_dir) / NOTES)
+        steps = list(recipe.values)
+        self.again = steps[steps.index(begin) :] if begin is not None else []
+        self.earlier = steps[: steps.index(begin)] if begin is not None else []
+        self.now: set[str] = set()  # what was done by this call
+
+    def check(self) -> None:
+        """Find what would stop a later step, before the first one begins.
+
+        Raises:
+            ValueError: If something does not fit.
+            HubError: If the Hub does not know the login.
+        """
+        for step in {"filter", "push"} & self.recipe.values.keys():
+            self._check_rule(step)
+        for step in self.earlier:
+            if not self._is_done(step, self._told(step)):
+                raise ValueError(f"{self.recipe.path}: {step} must be done before, it is not. Run without --from.")
+        for step in TRAININGS:
+            self._check_unchanged(step)
+        if "push" in self.recipe.values and any(self.plan(step).now for step in self.recipe.values):
+            self._check_login(str(self.recipe.values["push"]["repo_id"]))
+
+    def _check_rule(self, step: str) -> None:
+        options, rule = self.recipe.options(step)
+        try:
+            chosen(rule)
+            if step == "filter":
+                check_output(options)
+        except ValueError as error:
+            raise ValueError(f"{self.recipe.path}: {step}: {error}") from error
+
+    def _check_login(self, repo_id: str) -> None:
+        from huggingface_hub import whoami
+
+        try:
+            whoami()
+        except hub_errors() as error:
+            raise explain(error, repo_id, "looking up the login", writing=True) from None
+
+    def _check_unchanged(self, step: str) -> None:
+        """Refuse to lose a training because a line was changed."""
+        before = self.notes.of(step)
+        if step not in self.recipe.values or step in self.again or before is None:
+            return
+        changed = self._changed(step, before["values"])
+        if changed and (before["done"] or self._checkpoint(step)):
+            said = ", ".join(f"`{k}` was {before['values'].get(k)!r}" for k in changed)
+            raise ValueError(
+                f"{self.recipe.path}: {step} must have the settings that it was begun with, {said}. Set it back, give "
+                f"--from {step} to train anew, or name another output_dir."
+            )
+
+    def _changed(self, step: str, before: Mapping[str, Any]) -> list[str]:
+        """Return the flags of a training that the recipe changes; that other rows were published is none of these."""
+        found = {"dataset", "dataset_revision"} if step == "retrain" and self.recipe.retrains_from_hub else set()
+        return [name for name in _differing(before, self._told(step)) if name not in found]
+
+    # ---- what is to be done ----------------------------------------------------------------------------------------
+
+    def plan(self, step: str) -> _Plan:
+        """Return whether a step is done now: not if it was, with the same values, and so were those that it reads."""
+        before, told = self.notes.of(step), self._told(step)
+        if step in self.again:
+            return _Plan(True, more={"overwrite": True} if step == "score" else {})
+        if before is None:
+            return _Plan(True)
+        if self._is_done(step, told):
+            return _Plan(False)
+        changed = _differing(before["values"], told)
+        if step in TRAININGS and not before["done"] and not changed and self._checkpoint(step):
+            return _Plan(True, "goes on from its last checkpoint", {"resume_from_checkpoint": "true"})
+        if not before["done"]:
+            return _Plan(True)
+        why = f"{', '.join(changed)} changed" if changed else "what it reads or wrote is not what it was"
+        return _Plan(True, f"again: {why}")
+
+    def _is_done(self, step: str, told: Mapping[str, Any]) -> bool:
+        before = self.notes.of(step)
+        if before is None or not before["done"] or before["values"] != told or not _is_there(self.recipe, step):
+            return False
+        reads = () if step == "retrain" and self.recipe.retrains_from_hub else _READS.get(step, ())
+        return not self.now & set(reads)
+
+    def _told(self, step: str) -> dict[str, Any]:
+        """Return the values of a step, with the commit that it reads; tokens are nobody's business."""
+        values = {**self.recipe.values[step], **self._found(step)}
+        told = {name: value for name, value in values.items() if not name.endswith("token") and name != "overwrite"}
+        return json.loads(json.dumps(told, default=str))
+
+    def _found(self, step: str) -> dict[str, Any]:
+        """Return what only the steps before it know."""
+        push = self.notes.of("push")
+        if step != "retrain" or not self.recipe.retrains_from_hub or push is None or not push["done"]:
+            return {}
+        return {"dataset": push["lines"]["repo"], "dataset_revision": push["lines"]["commit"]}
+
+    def _checkpoint(self, step: str) -> str | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the training says it
+            return last_complete(self.recipe.values[step]["output_dir"])
+
+    # ---- doing it --------------------------------------------------------------------------------------------------
+
+    def do(self, step: str) -> None:
+        """Do a step if it is not done; print its table."""
+        now, why, more = self.plan(step)
+        if not now:
+            print(f"== {step}: done before\n", flush=True)
+            return
+        print(f"== {step}{': ' if why else ''}{why}", flush=True)
+        told = self._told(step)
+        options = self.recipe.options(step, **self._found(step), **more)
+        self.notes.write(step, {"done": False, "values": told})
+        try:
+            table = self.commands[STEPS[step]][0](*options)
+        except BaseException:
+            print(f"{step} did not come to its end; the same command goes on from here", flush=True)
+            raise
+        lines = {name: str(value) for name, value in getattr(table, "lines", {}).items()}
+        self.notes.write(step, {"done": True, "values": told, "lines": lines})
+        self.now.add(step)
+        print(f"{Table(lines)}\n", flush=True)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what came of it all: the measure before and after, what was kept, where it is."""
+        lines = {step: (self.notes.of(step) or {}).get("lines", {}) for step in self.recipe.values}
+        told: dict[str, Any] = {}
+        for step, when in zip(TRAININGS, ("before", "after"), strict=True):
+            found = lines.get(step, {})
+            told |= {f"{name} {when}": found[name] for name in _MEASURED if name in found}
+        kept = lines.get("filter") or lines.get("push") or {}
+        told |= {name: kept[name] for name in ("rows", "kept", "rule") if name in kept}
+        push = lines.get("push", {})
+        if push:
+            url = next(value for value in push.values() if value.startswith("http"))
+            told |= {"published": url, "commit": push["commit"]}
+        told |= {f"{step}ed model": lines[step]["model"] for step in TRAININGS if "model" in lines.get(step, {})}
+        told["done now"] = (
+            ", ".join(step for step in self.recipe.values if step in self.now) or "nothing, all was done"
+        )
+        return told
+
+
+class Notes:
+    """What was done, in a file: step to `done`, `values` and `lines` of its table.
+
+    Args:
+        path: Of the file; it need not be there.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: dict[str, dict[str, Any]] = {}
+        try:
+            self.steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must hold the notes of a run, it does not ({error}). Remove it.") from error
+
+    def of(self, step: str) -> dict[str, Any] | None:
+        """Return what is known of a step."""
+        return self.steps.get(step)
+
+    def write(self, step: str, note: dict[str, Any]) -> None:
+        """Note what became of a step."""
+        self.steps[step] = note
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"steps": self.steps}, indent=1) + "\n"
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+
+
+def _is_there(recipe: Recipe, step: str) -> bool:
+    """Return whether what a step wrote is where it was."""
+    path = recipe.output(step)
+    if path is None:
+        return True
+    if step in TRAININGS:
+        return any(path.glob("*.safetensors"))
+    if step == "score":
+        return any(path.glob("*.parquet"))
+    return (path / "report.html" if step == "report" else path).is_file()
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
