@@ -1,6 +1,6 @@
 """What `hf-mimic run` does: the steps of a recipe in order, each once, and on from where a run was stopped.
 
-Read `run_recipe`, then `_Run.plan`. What was done is noted in `<output_dir>/mimic_recipe.json`.
+Read `run_recipe`, then `_Run.plan`. What was done is noted in the output folder, see run_notes.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 from hf_mimic.checkpoints import last_complete
 from hf_mimic.checks import check_choice
 from hf_mimic.command_arguments import RunArguments
-from hf_mimic.files import write_atomically
 from hf_mimic.filter_command import check_output
 from hf_mimic.hub_errors import explain, hub_errors
 from hf_mimic.recipes import STEPS, TRAININGS, Recipe, read_recipe
 from hf_mimic.rules import chosen
+from hf_mimic.run_notes import NOTES, Notes
 from hf_mimic.tables import Table
 
-NOTES = "mimic_recipe.json"
 _READS = {  # which of the steps before must be as they were for a step to count as done
     "filter": ("train", "score"),
     "report": ("train", "score"),
@@ -82,6 +81,8 @@ class _Run:
     def __init__(self, recipe: Recipe, commands: Commands, begin: str | None) -> None:
         self.recipe, self.commands, self.notes = recipe, commands, Notes(Path(recipe.output_dir) / NOTES)
         steps = list(recipe.values)
+        if begin == steps[0]:
+            self.notes.commits.clear()
         self.again = steps[steps.index(begin) :] if begin is not None else []
         self.earlier = steps[: steps.index(begin)] if begin is not None else []
         self.now: set[str] = set()  # what was done by this call
@@ -171,11 +172,16 @@ class _Run:
         return json.loads(json.dumps(told, default=str))
 
     def _found(self, step: str) -> dict[str, Any]:
-        """Return what only the steps before it know."""
+        """Return what the recipe does not say: the commits that the data sets have, and that was published."""
+        values, found = self.recipe.values[step], {}
+        for place in ("eval_dataset", "dataset"):
+            if values.get(place) is not None and not (step == "retrain" and place == "dataset"):
+                revision = f"{place}_revision"
+                found[revision] = self.notes.commit(values[place], values.get(revision))
         push = self.notes.of("push")
-        if step != "retrain" or not self.recipe.retrains_from_hub or push is None or not push["done"]:
-            return {}
-        return {"dataset": push["lines"]["repo"], "dataset_revision": push["lines"]["commit"]}
+        if step == "retrain" and self.recipe.retrains_from_hub and push is not None and push["done"]:
+            found |= {"dataset": push["lines"]["repo"], "dataset_revision": push["lines"]["commit"]}
+        return found
 
     def _checkpoint(self, step: str) -> str | None:
         with warnings.catch_warnings():
@@ -222,36 +228,6 @@ class _Run:
             ", ".join(step for step in self.recipe.values if step in self.now) or "nothing, all was done"
         )
         return told
-
-
-class Notes:
-    """What was done, in a file: step to `done`, `values` and `lines` of its table.
-
-    Args:
-        path: Of the file; it need not be there.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.steps: dict[str, dict[str, Any]] = {}
-        try:
-            self.steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} must hold the notes of a run, it does not ({error}). Remove it.") from error
-
-    def of(self, step: str) -> dict[str, Any] | None:
-        """Return what is known of a step."""
-        return self.steps.get(step)
-
-    def write(self, step: str, note: dict[str, Any]) -> None:
-        """Note what became of a step."""
-        self.steps[step] = note
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"steps": self.steps}, indent=1) + "\n"
-        write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 def _is_there(recipe: Recipe, step: str) -> bool:

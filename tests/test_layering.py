@@ -348,13 +348,14 @@ ARROWS: dict[str, set[str]] = {
         "checkpoints",
         "checks",
         "command_arguments",
-        "files",
         "filter_command",
         "hub_errors",
         "recipes",
         "rules",
+        "run_notes",
         "tables",
     },
+    "run_notes": {"files", "hub_files", "run_record"},
     "cli": {"commands", "flags", "origins"},
 }
 LINES, BODY = 300, 50

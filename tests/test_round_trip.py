@@ -5,6 +5,7 @@ import re
 import shutil
 import types
 
+import image_text
 import models
 import numpy as np
 import pytest
@@ -193,6 +194,51 @@ def test_a_recipe_goes_on_after_the_hub_failed(hub, online, tmp_path, capsys):
     out = capsys.readouterr().out
     assert steps(out) == {"train": False, "filter": False, "push": True, "retrain": True}
     assert len(hub.commits(online["curated"])) == 2
+
+
+def test_every_step_reads_the_commit_of_the_first(hub, online, tmp_path, capsys):
+    short = {"report": None, "push": None, "retrain": None}
+    commit = hub.commits(online["data"])[-1].oid
+    assert main(recipe(tmp_path, online, **short, filter=None)) == 0
+    images(40).push_to_hub(online["data"], split="train")  # the branch moves: ids are row numbers of another set
+    assert main(recipe(tmp_path, online, **short)) == 0
+    assert steps(capsys.readouterr().out.split("done now")[-2]) == {"train": False, "filter": True}
+    assert len(load_rows(str(tmp_path / "out/curated.parquet"))) == 18
+    notes = json.loads((tmp_path / "out/mimic_recipe.json").read_text())
+    assert notes["commits"] == {f"{online['data']}@main": commit}
+    assert notes["steps"]["filter"]["values"]["dataset_revision"] == commit
+    with pytest.warns(UserWarning, match="held the scores of an earlier run"):
+        assert main([*recipe(tmp_path, online, **short), "--overwrite"]) == 0  # reads it anew
+    assert len(load_rows(str(tmp_path / "out/curated.parquet"))) == 30
+
+
+def test_a_data_set_that_is_not_there_stops_a_run_at_once(hub, online, tmp_path, capsys):
+    assert main(recipe(tmp_path, online, dataset="user/nowhere")) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
+        "hf-mimic run: user/nowhere: looking up the main branch failed: there is no data set of this"
+    )
+
+
+def test_pairs_without_a_push(tmp_path, capsys):
+    """An image-text model without a reference: what is kept is trained on from Parquet, and evaluated."""
+    clip = image_text.save(tmp_path / "clip")
+    texts = [f"a {'dark' if i % 2 else 'bright'} {image_text.COLOURS[i % 3]} picture" for i in range(24)]
+    for name, rows in (("rows", texts), ("held", texts[:6])):
+        image_text.rows(rows).to_parquet(tmp_path / f"{name}.parquet")
+    content = {**QUIET, "model": clip, "dataset": str(tmp_path / "rows.parquet"), "output_dir": str(tmp_path / "out")}
+    content |= {"text_column": "text", "eval_split": str(tmp_path / "held.parquet"), "save_strategy": "no"}
+    content |= {"train": {"strategy": "dissect", "num_train_epochs": 2}, "retrain": {"strategy": "uniform"}}
+    content |= {"filter": {"top": 0.5, "column": "clip_score"}, "evaluate": {}, "num_train_epochs": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert main(["run", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    summary = cells(capsys.readouterr().out.split("\n\n")[-1])
+    assert summary["kept"] == "12 (50.0%)"
+    assert {"rsum before", "rsum after"} <= summary.keys()
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["model"] == str(tmp_path / "out/retrain")
+    assert f"{found['rsum']:.1f}" == summary["rsum after"]
 
 
 def scoring(folder, home, **changes):
