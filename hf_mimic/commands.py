@@ -75,7 +75,8 @@ def train(options: DataArguments, args: Any) -> str:
         lines["accuracy"] = f"{trainer.evaluate()['eval_accuracy']:.4f}"
     if not trainer.is_world_process_zero():
         return ""
-    return Table(lines, f"\n\nnext: hf-mimic filter --dataset {options.dataset} --scores {args.scores_dir}")
+    place = "".join(f" --dataset_{name} {value}" for name, value in options.place.items() if value is not None)
+    return Table(lines, f"\n\nnext: hf-mimic filter --dataset {options.dataset}{place} --scores {args.scores_dir}")
 
 
 def _train_pairs(options: DataArguments, args: Any) -> str:
