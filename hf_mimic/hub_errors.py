@@ -79,7 +79,7 @@ def status_of(error: BaseException) -> int | None:
     response = _response(error)
     if response is not None:
         return int(response.status_code)
-    told = next((match for each in _chain(error) if (match := _XET_STATUS.search(str(each)))), None)
+    told = next((match for each in chain(error) if (match := _XET_STATUS.search(str(each)))), None)
     return int(told[1]) if told else None
 
 
