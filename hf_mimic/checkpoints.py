@@ -46,6 +46,11 @@ def write_run(output_dir: str | Path, run: str, superseded: list[str]) -> None:
     _write(Path(output_dir) / RUN_NAME, {"run": run, "superseded": superseded})
 
 
+def last_run(output_dir: str | Path) -> str | None:
+    """Return the name of the run that a folder belongs to, None if no training was begun in it."""
+    return (_load(Path(output_dir) / RUN_NAME) or {}).get("run")
+
+
 def later_than(output_dir: str | Path, step: int) -> list[str]:
     """Return the names of the checkpoints after a step."""
     return [path.name for path in Path(output_dir).glob("checkpoint-*") if (m := _number(path)) and int(m[1]) > step]

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_mimic.checkpoints import last_complete
+from hf_mimic.checkpoints import last_complete, last_run
 from hf_mimic.checks import check_choice
 from hf_mimic.command_arguments import RunArguments
 from hf_mimic.filter_command import check_output
-from hf_mimic.hub_errors import explain, hub_errors
+from hf_mimic.hub_login import check_may_push
 from hf_mimic.recipes import STEPS, TRAININGS, Recipe, read_recipe
+from hf_mimic.report_figures import check_matplotlib
 from hf_mimic.rules import chosen
 from hf_mimic.run_notes import NOTES, Notes
 from hf_mimic.tables import Table
@@ -43,7 +44,7 @@ def run_recipe(options: RunArguments, commands: Commands) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe is wrong, its settings changed after they were trained with, or this is one of several
             processes.
-        HubError: If it is to publish and there is no login.
+        HubError: If a data set is not there, or the login may not publish.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(
@@ -92,17 +93,21 @@ class _Run:
 
         Raises:
             ValueError: If something does not fit.
-            HubError: If the Hub does not know the login.
+            HubError: If a data set is not there, or the login may not publish.
+            ImportError: If there is to be a report, and matplotlib is missing.
         """
-        for step in {"filter", "push"} & self.recipe.values.keys():
-            self._check_rule(step)
+        for step in ("filter", "push"):
+            if step in self.recipe.values:
+                self._check_rule(step)
         for step in self.earlier:
             if not self._is_done(step, self._told(step)):
                 raise ValueError(f"{self.recipe.path}: {step} must be done before, it is not. Run without --from.")
         for step in TRAININGS:
             self._check_unchanged(step)
         if "push" in self.recipe.values and any(self.plan(step).now for step in self.recipe.values):
-            self._check_login(str(self.recipe.values["push"]["repo_id"]))
+            check_may_push(str(self.recipe.values["push"]["repo_id"]))
+        if "report" in self.recipe.values:
+            check_matplotlib()
 
     def _check_rule(self, step: str) -> None:
         options, rule = self.recipe.options(step)
@@ -112,14 +117,6 @@ class _Run:
                 check_output(options)
         except ValueError as error:
             raise ValueError(f"{self.recipe.path}: {step}: {error}") from error
-
-    def _check_login(self, repo_id: str) -> None:
-        from huggingface_hub import whoami
-
-        try:
-            whoami()
-        except hub_errors() as error:
-            raise explain(error, repo_id, "looking up the login", writing=True) from None
 
     def _check_unchanged(self, step: str) -> None:
         """Refuse to lose a training because a line was changed."""
@@ -184,9 +181,16 @@ class _Run:
         return found
 
     def _checkpoint(self, step: str) -> str | None:
+        """Return the last whole checkpoint of the training that was begun here, not of one before it in the folder."""
+        begun_after = (self.notes.of(step) or {}).get("after")
+        if begun_after is not None and begun_after == self._last_run(step):
+            return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the training says it
             return last_complete(self.recipe.values[step]["output_dir"])
+
+    def _last_run(self, step: str) -> str | None:
+        return last_run(self.recipe.values[step]["output_dir"]) if step in TRAININGS else None
 
     # ---- doing it --------------------------------------------------------------------------------------------------
 
@@ -199,11 +203,13 @@ class _Run:
         print(f"== {step}{': ' if why else ''}{why}", flush=True)
         told = self._told(step)
         options = self.recipe.options(step, **self._found(step), **more)
-        self.notes.write(step, {"done": False, "values": told})
+        after = (self.notes.of(step) or {}).get("after") if "resume_from_checkpoint" in more else self._last_run(step)
+        self.notes.write(step, {"done": False, "values": told, "after": after})
         try:
             table = self.commands[STEPS[step]][0](*options)
         except BaseException:
-            print(f"{step} did not come to its end; the same command goes on from here", flush=True)
+            hint = "without --from, --overwrite or `overwrite: true` the command" if self.again else "the same command"
+            print(f"{step} did not come to its end; {hint} goes on from here", flush=True)
             raise
         lines = {name: str(value) for name, value in getattr(table, "lines", {}).items()}
         self.notes.write(step, {"done": True, "values": told, "lines": lines})

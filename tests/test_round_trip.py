@@ -293,6 +293,9 @@ def test_a_killed_training_goes_on_and_a_changed_one_is_not_lost(home, tmp_path,
         save(trainer, *args, **kwargs)
         raise Killed
 
+    def die_at_once(trainer, **kwargs):
+        raise Killed
+
     save = MimicTrainer._save_checkpoint
     settings = {**QUIET, "save_strategy": "epoch", "num_train_epochs": 2}
     run = scoring(tmp_path, home, score=None, train=settings)
@@ -309,8 +312,15 @@ def test_a_killed_training_goes_on_and_a_changed_one_is_not_lost(home, tmp_path,
     assert _checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
     assert len(ScoreTable.load(tmp_path / "out/train/scores")) == 48  # as without the interruption
     fails(capsys, 1, message, lambda: main(scoring(tmp_path, home, score=None, train=changed)))
+    anew = [*scoring(tmp_path, home, score=None, train=changed), "--from", "train"]
+    with monkeypatch.context() as patched:  # killed before its first step: the checkpoints there are not its own
+        patched.setattr(MimicTrainer, "train", die_at_once)
+        with pytest.raises(Killed):
+            main(anew)
+    assert "without --from, --overwrite or `overwrite: true` the command goes on" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="held the scores of an earlier run; they are now in"):
-        assert main([*scoring(tmp_path, home, score=None, train=changed), "--from", "train"]) == 0
+        assert main(anew[:-2]) == 0
+    assert "goes on from its last checkpoint" not in capsys.readouterr().out
 
 
 def _checkpoints(folder):
@@ -334,14 +344,31 @@ def test_nothing_begins_before_all_is_checked(home, tmp_path, capsys, changes, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_login_is_needed_before_anything_begins(hub, home, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        (None, "user/never", "looking up the login failed: .*hf auth login"),
+        ({"role": "read"}, "user/never", "the token may only read. Log in with one that may write to user/never"),
+        (
+            {},
+            "other/never",
+            "it is not there, and other is neither this login nor an organization of it. Take one of user",
+        ),
+        ({}, "other/there", "the token must not write to it"),
+    ],
+)
+def test_who_may_not_publish_is_told_before_anything_begins(
+    hub, home, tmp_path, monkeypatch, capsys, token, repo_id, message
+):
+    hub.create("other/there", "datasets")
     monkeypatch.delenv("HF_TOKEN")
-    run = scoring(tmp_path, home, push={"repo_id": "user/never"})
-    assert main(run) == 1
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", hub.token("user", **token))
+    assert main(scoring(tmp_path, home, push={"repo_id": repo_id})) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("hf-mimic run: user/never: looking up the login failed: ")
-    assert "hf auth login" in err
+    assert re.search(f"^hf-mimic run: {repo_id}: looking up the login failed: ", err)
+    assert re.search(message, err)
     assert not (tmp_path / "out").exists()
 
 
