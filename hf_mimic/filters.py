@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,12 @@ class ThresholdFilter(CutFilter):
             scores: A `ScoreTable`, or scores (N,) or (N, T) for T visits, NaN where a visit has none.
             y: Not used.
         """
-        if not np.isfinite(self.threshold):
+        if not isinstance(self.threshold, Real) or not np.isfinite(self.threshold):
             raise ValueError(
-                f"`threshold` must be a finite number, got {self.threshold}. Use 1.0 for the papers' 1/b."
+                f"`threshold` must be a finite number, got {self.threshold!r}. Use 1.0 for the papers' 1/b."
             )
-        if self.top is not None and not 0 < self.top <= 1:
-            raise ValueError(f"`top` must be in (0, 1], got {self.top}. Use 0.3 to keep the best 30 %.")
+        if self.top is not None and not (isinstance(self.top, Real) and 0 < self.top <= 1):
+            raise ValueError(f"`top` must be in (0, 1], got {self.top!r}. Use 0.3 to keep the best 30 %.")
         super().fit(scores, y)
         return self
 
@@ -202,6 +203,8 @@ class MixtureFilter(CutFilter):
 def top_p(values: np.ndarray, share: float, *, labels: np.ndarray | None = None) -> np.ndarray:
     """Return the top share of the samples by a score, as the paper's subsets; exactly so many, the earlier row at a tie.
 
+    It is one sample at least, of each class if labels are given.
+
     Args:
         values: Scores (N,), higher is better; NaN comes last.
         share: In (0, 1].
@@ -218,21 +221,21 @@ def top_p(values: np.ndarray, share: float, *, labels: np.ndarray | None = None)
     values = np.asarray(values)
     values = values if values.dtype == np.float32 else values.astype(float)  # no copy of millions
     if labels is None:
-        return _best(values, round(share * len(values)))
+        return _best(values, max(round(share * len(values)), 1))
     if len(labels) != len(values):
         raise ValueError(f"`labels` must have one value per score, {len(values)}, got {len(labels)}.")
     keep = np.zeros(len(values), dtype=bool)
     groups = np.unique(labels, return_inverse=True)[1]
     rows = np.argsort(groups, kind="stable")
     for group in np.split(rows, np.cumsum(np.bincount(groups))[:-1]):
-        keep[group] = _best(values[group], round(share * len(group)))
+        keep[group] = _best(values[group], max(round(share * len(group)), 1))
     return keep
 
 
 def _best(values: np.ndarray, count: int) -> np.ndarray:
     """Return whether each is of the `count` highest values, the earlier one at a tie, NaN last; without a sort."""
-    if count <= 0:
-        return np.zeros(len(values), dtype=bool)
+    if not len(values):
+        return np.zeros(0, dtype=bool)
     missing = np.isnan(values)
     ranked = np.where(missing, -np.inf, values) if missing.any() else values
     least = np.partition(ranked, len(ranked) - count)[len(ranked) - count]

@@ -222,10 +222,11 @@ def _agreement(rows: Rows, filters: Mapping[str, np.ndarray] | None) -> dict[str
         raise _MissingError("No decisions of filters were given.")
     samples = rows.samples
     for name, keep in filters.items():
-        if np.shape(keep) != (samples,):
+        given = np.asarray(keep)
+        if given.shape != (samples,) or given.dtype != bool:
             raise ValueError(
-                f"the filter {name!r} must have one decision per scored sample, {samples}, got shape {np.shape(keep)}. Give "
-                "what its `predict(table)` returned."
+                f"the filter {name!r} must have one boolean per scored sample, {samples}, got {given.dtype} of shape "
+                f"{given.shape}. Give what its `predict(table)` returned."
             )
     there = rows.found >= 0
     return agreement({name: rows.by_row(keep)[there] for name, keep in filters.items()})

@@ -81,10 +81,12 @@ def test_it_is_a_scikit_learn_estimator():
     assert repr(ThresholdFilter(0.8)) == "ThresholdFilter(threshold=0.8)"
 
 
-@pytest.mark.parametrize("threshold", [NAN, np.inf])
+@pytest.mark.parametrize("threshold", [NAN, np.inf, "a"])
 def test_threshold_must_be_a_finite_number(threshold):
-    with pytest.raises(ValueError, match=f"`threshold` must be a finite number, got {threshold}. Use 1.0"):
+    with pytest.raises(ValueError, match=f"`threshold` must be a finite number, got {threshold!r}. Use 1.0"):
         ThresholdFilter(threshold).fit(np.ones(2))
+    with pytest.raises(ValueError, match=r"`top` must be in \(0, 1\], got '0.3'. Use 0.3"):
+        ThresholdFilter(top="0.3").fit(np.ones(2))
 
 
 def test_scores_without_weights_cannot_be_thresholded():
@@ -239,6 +241,8 @@ def test_a_share_of_each_class():
 
 def test_a_share_keeps_exactly_so_many_at_ties_and_takes_the_unknown_last():
     assert top_p(np.array([1.0, 1.0, 1.0, 1.0]), 0.5).tolist() == [True, True, False, False]
+    assert top_p(np.array([1.0, 3.0, 2.0]), 0.1).tolist() == [False, True, False]  # one at least
+    assert top_p(np.array([]), 0.1).tolist() == []
     assert top_p(np.array([NAN, 1.0, NAN, 2.0]), 0.75).tolist() == [True, True, False, True]
     with pytest.raises(ValueError, match=r"`share` must be in \(0, 1\], got 0"):
         top_p(np.ones(3), 0)

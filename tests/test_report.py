@@ -392,10 +392,11 @@ def test_a_data_set_that_has_its_scores(tmp_path):
 
 
 def test_filters_must_fit():
-    with pytest.raises(
-        ValueError, match=r"the filter 'a' must have one decision per scored sample, 6, got shape \(3,\)"
-    ):
+    message = r"the filter 'a' must have one boolean per scored sample, 6, got "
+    with pytest.raises(ValueError, match=message + r"bool of shape \(3,\)"):
         build_report(table_of(SCORES), "unused", filters={"a": np.ones(3, bool)})
+    with pytest.raises(ValueError, match=message + r"int64 of shape \(6,\)"):  # ids, say
+        build_report(table_of(SCORES), "unused", filters={"a": np.arange(6)})
     with pytest.raises(ValueError, match="the quality of 'a' must be names and numbers, got float"):
         build_report(table_of(SCORES), "unused", compare={"a": 0.3})
     with pytest.raises(ValueError, match="`features` must come with a data set, got none"):
