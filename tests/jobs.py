@@ -190,3 +190,14 @@ def pinned(folder: Path, *, repo_id: str, revision: str | None = None) -> dict[s
     except OSError as error:
         return {"error": str(error)}
     return {"sha": trainer.reference.sha, "bias": trainer.direction.tensors["classifier.bias"]}
+
+
+def pushed(folder: Path, *, repo_id: str) -> dict[str, Any]:
+    """Train, push the model to the Hub, or meet its refusal; return what each process is told."""
+    splits.AcceleratorState._reset_state()
+    rows = rows_of(models.make_batch("vit", size=32))
+    options = {"max_steps": 2, "hub_model_id": repo_id, "per_device_train_batch_size": 4}
+    trainer = prepare(models.make("vit"), folder / "out", rows=rows, **options)
+    trainer.train()
+    done = trainer.push_to_hub()
+    return {"oid": done and done.oid, "steps": trainer.state.global_step}

@@ -8,6 +8,7 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from models import make_batch
+from test_distributed import launch
 from training import prepare, rows_of
 from transformers import AutoModelForImageClassification
 
@@ -127,3 +128,13 @@ def test_results_of_an_evaluation_on_hub_data(hub, trained):
     )
     assert result.metric_value == metrics["eval_accuracy"]
     assert RunRecord.read(trainer.args.scores_dir).results["eval_accuracy"] == metrics["eval_accuracy"]
+
+
+@pytest.mark.slow
+def test_two_processes_push_once(hub, tmp_path):
+    found = launch([("pushed", "pushed", {"repo_id": "user/by-two"})], tmp_path)
+    commits = hub.commits("user/by-two")
+    assert [commit.oid for commit in commits][1:] == [found["pushed", 0]["oid"]]
+    assert found["pushed", 1]["oid"] is None
+    assert found["pushed", 1]["steps"] == 2
+    assert "processes` | 2" in hub.repo("user/by-two").files["README.md"].decode()
