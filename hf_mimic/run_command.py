@@ -104,8 +104,11 @@ class _Run:
                 raise ValueError(f"{self.recipe.path}: {step} must be done before, it is not. Run without --from.")
         for step in TRAININGS:
             self._check_unchanged(step)
-        if "push" in self.recipe.values and any(self.plan(step).now for step in self.recipe.values):
-            check_may_push(str(self.recipe.values["push"]["repo_id"]))
+        push = self.recipe.values.get(
+            "push", {"create_pr": True}
+        )  # a pull request may be opened by those who may read
+        if not push.get("create_pr") and any(self.plan(step).now for step in self.recipe.values):
+            check_may_push(str(push["repo_id"]))
         if "report" in self.recipe.values:
             check_matplotlib()
 
