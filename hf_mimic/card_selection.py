@@ -31,13 +31,14 @@ _IMPORT = ("from datasets import load_dataset", "")
 CONFIGS = ("scores", "selection")
 
 
-def selection_words(record: SelectionRecord, repo_id: str, configs: Any) -> dict[str, Any]:
+def selection_words(record: SelectionRecord, repo_id: str, configs: Any, *, config: str) -> dict[str, Any]:
     """Return what the template says of a selection, as Markdown.
 
     Args:
         record: What was kept, and why.
         repo_id: Where it is published.
         configs: Of the metadata; None where they are not known.
+        config: That of the rows.
     """
     rows = record.rows
     original = record.original_dataset
@@ -66,7 +67,7 @@ def selection_words(record: SelectionRecord, repo_id: str, configs: Any) -> dict
             [(escape(n), number(k), "yes" if n == record.split else "no") for n, k in record.splits.items()],
             align="lrl",
         ),
-        "usage": fenced("\n".join(_usage(record, repo_id, configs)), "python"),
+        "usage": fenced("\n".join(_usage(repo_id, configs, config)), "python"),
         "reproduce": _reproduce(record, repo_id, configs),
         "undo": _undo(record, repo_id, configs),
         "limits": "\n\n".join(_limits(record)),
@@ -157,8 +158,9 @@ def _has(configs: Any, name: str) -> bool:
     return configs is None or any(config.get("config_name") == name for config in configs)
 
 
-def _usage(record: SelectionRecord, repo_id: str, configs: Any) -> list[str]:
-    lines = ["from datasets import load_dataset", "", f"curated = load_dataset({python(repo_id)})"]
+def _usage(repo_id: str, configs: Any, config: str) -> list[str]:
+    which = "" if config == "default" else f", {python(config)}"
+    lines = ["from datasets import load_dataset", "", f"curated = load_dataset({python(repo_id)}{which})"]
     comments = {"scores": "what the run said of every sample", "selection": "which samples were kept, and why"}
     return lines + [
         f"{name} = load_dataset({python(repo_id)}, {python(name)})  # {comments[name]}"

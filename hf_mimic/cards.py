@@ -48,6 +48,7 @@ def dataset_card(
     *,
     repo_id: str,
     metadata: Mapping[str, Any],
+    config: str = "default",
     figures: Mapping[str, str] = {},
     existing: str | None = None,
 ) -> str:
@@ -57,6 +58,7 @@ def dataset_card(
         record: What was kept, and why.
         repo_id: Where it is published.
         metadata: `configs` and `dataset_info`, as datasets writes them, and what else belongs in the card's head.
+        config: Configuration that the rows are.
         figures: Caption to path in the repo.
         existing: The card that is there; what people wrote in it stays.
     """
@@ -70,7 +72,7 @@ def dataset_card(
         template_path=_template("dataset_card"),
         repo_id=escape(repo_id),
         **run_words(record.run, record.quality),
-        **selection_words(record, repo_id, metadata.get("configs")),
+        **selection_words(record, repo_id, metadata.get("configs"), config=config),
         figures=[picture(caption, path) for caption, path in figures.items()],
     )
     return _merged(existing, card)

@@ -96,7 +96,7 @@ def push_curated_dataset(
     rows = aligned({split: choice.kept, **{k: v for k, v in splits.items() if k != split}}, split)
     record = _record(choice, split, scores, options, {name: len(part) for name, part in rows.items()})
     with tempfile.TemporaryDirectory() as folder:
-        publication = _Publication(Path(folder), repo_id, config, record)
+        publication = _Publication(Path(folder), config, record)
         publication.write(rows, choice, scores, options)
         default = f"Keep {len(choice.kept)} of {len(choice.decisions)} samples of {split}"
         return publish(to, publication.contents, message=options.get("commit_message") or default)
@@ -105,8 +105,8 @@ def push_curated_dataset(
 class _Publication:
     """The files of one publication, in a folder of their own."""
 
-    def __init__(self, folder: Path, repo_id: str, config: str, record: SelectionRecord) -> None:
-        self.folder, self.repo_id, self.config, self.record = folder, repo_id, config, record
+    def __init__(self, folder: Path, config: str, record: SelectionRecord) -> None:
+        self.folder, self.config, self.record = folder, config, record
         self.configs: dict[str, dict[str, SplitFiles]] = {}
         self.figures: dict[str, str] = {}
         self.files: dict[str, Path | bytes] = {}
@@ -164,7 +164,8 @@ class _Publication:
         _check_others(present, self.config, self.configs[self.config])
         card = dataset_card(
             self.record,
-            repo_id=self.repo_id,
+            repo_id=present.repo_id,
+            config=self.config,
             metadata=card_metadata(present.card, self.configs),
             figures=self.figures,
             existing=present.card,

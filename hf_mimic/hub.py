@@ -62,11 +62,13 @@ class Present:
     """What a branch holds before a commit.
 
     Args:
+        repo_id: With its namespace, and as the Hub calls it now.
         commit: Its id.
         paths: Of its files.
         card: Its README.md, None if there is none.
     """
 
+    repo_id: str
     commit: str
     paths: frozenset[str]
     card: str | None
@@ -179,7 +181,7 @@ def _present(api: HfApi, repo_id: str, to: Destination) -> Present:
     if CARD in paths:
         path = verify(Path(api.hf_hub_download(repo_id, CARD, repo_type=to.repo_type, revision=commit)))
         card = path.read_text(encoding="utf-8")
-    return Present(commit, paths, card)
+    return Present(repo_id, commit, paths, card)
 
 
 def _operations(contents: Contents, present: Present) -> list[Any]:

@@ -56,9 +56,12 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         **where,
     )
     kept = keep_column(rows).fill_null(not rule.drop_unscored)
-    return {"rows": len(rows), "kept": share(np.asarray(kept)), "rule": result.rule} | _told(done)
+    lines = {"rows": len(rows), "kept": share(np.asarray(kept)), "rule": result.rule}
+    return lines | _told(done, options.config_name)
 
 
-def _told(done: Published) -> dict[str, Any]:
+def _told(done: Published, config: str = "default") -> dict[str, Any]:
     lines = {"published" if done.changed else "nothing to do, it is there already": done.url, "commit": done.commit}
-    return lines | {"repo": done.repo_id, "next": f'load_dataset("{done.repo_id}", revision="{done.commit}")'}
+    named = "" if config == "default" else f'"{config}", '
+    after = f'load_dataset("{done.repo_id}", {named}revision="{done.commit}")'
+    return lines | {"repo": done.repo_id, "next": after}

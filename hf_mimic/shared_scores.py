@@ -56,7 +56,7 @@ def push_scores(table: ScoreTable, repo_id: str, **options: Unpack[PushOptions])
             check_unlisted(present)
             card = scores_card(
                 run,
-                repo_id=repo_id,
+                repo_id=present.repo_id,
                 metadata=card_metadata(present.card, {FOLDER: {split: files}}),
                 n_samples=len(table.aggregate()),
                 n_visits=files.rows,

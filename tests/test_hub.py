@@ -106,6 +106,17 @@ def test_a_branch(hub):
     assert hub.repo("user/branched").resolve("v2").oid == done.commit
 
 
+def test_the_card_names_repo_and_configuration_as_they_are(hub):
+    assert push("short-name", config_name="curated").repo_id == "user/short-name"
+    card = hub.repo("user/short-name").files["README.md"].decode()
+    assert card.count("# user/short-name\n") == 1
+    assert 'curated = load_dataset("user/short-name", "curated")' in card
+    assert load_dataset("user/short-name", "curated", split="train").num_rows == 24
+    assert 'load_dataset("short-name"' not in card
+    push_scores(scores(), "short-scores")
+    assert 'load_scores("user/short-scores")' in hub.repo("user/short-scores").files["README.md"].decode()
+
+
 def test_private(hub):
     push("user/secret", private=True)
     assert hub.repo("user/secret").private
