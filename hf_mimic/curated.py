@@ -24,6 +24,7 @@ from hf_mimic.hub_datasets import (
     MAX_SHARD_BYTES,
     SplitFiles,
     card_metadata,
+    check_names,
     check_unlisted,
     splits_of,
     stale_paths,
@@ -161,6 +162,7 @@ class _Publication:
     def contents(self, present: Present) -> Contents:
         """Return the files with the card that fits what the repo holds."""
         check_unlisted(present)
+        check_names(present, *(self.configs.keys() & {SELECTION, FOLDER}))
         _check_others(present, self.config, self.configs[self.config])
         card = dataset_card(
             self.record,
@@ -174,7 +176,7 @@ class _Publication:
             present, {**self.configs[self.config], SELECTION: self.configs[SELECTION][self.record.split]}
         )
         stale |= stale_scores(present) if FOLDER in self.configs else frozenset()
-        stale |= {path for path in present.paths if path.startswith(f"{FIGURES}/")} if self.figures else frozenset()
+        stale |= {f"{FIGURES}/{name}.png" for name in _CAPTIONS} if self.figures else frozenset()
         return Contents({CARD: card.encode(), **self.files}, stale)
 
 

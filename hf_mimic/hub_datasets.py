@@ -178,6 +178,20 @@ def stale_paths(present: Present, splits: Mapping[str, SplitFiles]) -> frozenset
     return frozenset(path for path in present.paths if path.startswith(prefixes))
 
 
+def check_names(present: Present, *configs: str) -> None:
+    """Refuse to replace a configuration that has the name of one of ours and is somebody's own.
+
+    Raises:
+        ValueError: If there is one: its rows have no `sample_id`, or the card does not say what they have.
+    """
+    for config in configs:
+        if any("sample_id" not in (features or ()) for features in splits_of(present.card, config).values()):
+            raise ValueError(
+                f"the configuration {config!r} of the repo must be one that hf_mimic wrote (with `sample_id`), got one of "
+                "your own. Rename it, or publish in another repo: it would be replaced."
+            )
+
+
 def check_unlisted(present: Present) -> None:
     """Refuse a repo whose data files no card lists: once the card lists ours, nobody would find them any more.
 

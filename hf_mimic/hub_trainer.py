@@ -21,11 +21,12 @@ from hf_mimic.files import write_atomically
 from hf_mimic.hub import CARD, Contents, Destination, Present, publish
 from hf_mimic.hub_errors import explain, hub_errors, told
 from hf_mimic.resuming import ResumingTrainer
+from hf_mimic.shared_scores import stale_scores
 from hf_mimic.trainer_record import record_of_run, task_of
 
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset")
-_SCORES = re.compile(r"scores(-\d+)?/")
-_IGNORED = re.compile(rf"_|checkpoint-|.*/_|.*\.tmp$|{_SCORES.pattern}")  # as the Trainer leaves out; and scores
+_SCORES = r"scores(-\d+)?"  # folders
+_IGNORED = re.compile(rf"_|checkpoint-|.*/_|.*\.tmp$|{_SCORES}/")  # as the Trainer leaves out; and scores
 logger = logging.getLogger(__name__)
 
 
@@ -166,7 +167,7 @@ class HubTrainer(ResumingTrainer):
         files: dict[str, Path | bytes] = {name: path for name, path in named.items() if not _IGNORED.match(name)}
         if present.card is not None:
             files[CARD] = self._card(present.card, **given).encode()
-        return Contents(files, frozenset(path for path in present.paths if _SCORES.match(path)))
+        return Contents(files, stale_scores(present, _SCORES))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._look_at_pushes()

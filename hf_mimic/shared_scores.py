@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing_extensions import Unpack
 
 from hf_mimic.cards import scores_card
 from hf_mimic.hub import CARD, Contents, Present, Published, publish
-from hf_mimic.hub_datasets import SplitFiles, card_metadata, check_unlisted
+from hf_mimic.hub_datasets import SplitFiles, card_metadata, check_names, check_unlisted
 from hf_mimic.hub_errors import explain, hub_errors
 from hf_mimic.hub_files import verify
 from hf_mimic.parts import SCHEMA
@@ -54,6 +55,7 @@ def push_scores(table: ScoreTable, repo_id: str, **options: Unpack[PushOptions])
 
         def contents(present: Present) -> Contents:
             check_unlisted(present)
+            check_names(present, FOLDER)
             card = scores_card(
                 run,
                 repo_id=present.repo_id,
@@ -139,7 +141,7 @@ def score_files(table: ScoreTable, folder: Path, split: str) -> SplitFiles:
     rows = sum(pq.read_metadata(path).num_rows for path in paths)
     width = sum(entry.type.bit_width for entry in SCHEMA) / 8
     features = Features.from_arrow_schema(SCHEMA)
-    return SplitFiles(tuple(paths), features, rows, math.ceil(rows * width), f"{FOLDER}/*.parquet")
+    return SplitFiles(tuple(paths), features, rows, math.ceil(rows * width), f"{FOLDER}/steps-*.parquet")
 
 
 def in_repo(files: SplitFiles, run: RunRecord) -> dict[str, Path | bytes]:
@@ -148,9 +150,15 @@ def in_repo(files: SplitFiles, run: RunRecord) -> dict[str, Path | bytes]:
     return {**files.in_repo(), f"{FOLDER}/{RECORD_NAME}": text.encode()}
 
 
-def stale_scores(present: Present) -> frozenset[str]:
-    """Return the files of earlier scores in a repo."""
-    return frozenset(path for path in present.paths if path.startswith(f"{FOLDER}/"))
+def stale_scores(present: Present, folder: str = FOLDER) -> frozenset[str]:
+    """Return the files of earlier scores in a repo; others that lie beside them are somebody's own.
+
+    Args:
+        present: What the repo holds.
+        folder: A regular expression of its name.
+    """
+    ours = re.compile(rf"{folder}/(steps-[^/]*\.parquet|{re.escape(RECORD_NAME)})")
+    return frozenset(path for path in present.paths if ours.fullmatch(path))
 
 
 def _has_values(files: SplitFiles, name: str) -> bool:

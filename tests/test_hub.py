@@ -222,6 +222,28 @@ def test_files_that_no_card_lists(hub):
         push_scores(scores(), "user/plain")
 
 
+def test_files_and_configurations_of_their_own_stay(hub):
+    theirs = {"figures/logo.png": b"1", "scores/notes.md": b"2", "scores/own.parquet": b"3"}
+    rows(1).push_to_hub("user/owned", "mine")
+    hub.repo("user/owned").commit({**theirs, "figures/agreement.png": b"of before"})
+    push("user/owned", figures=True)
+    files = hub.repo("user/owned").files
+    assert theirs.items() <= files.items()
+    assert "figures/agreement.png" not in files
+    assert load_dataset("user/owned", "scores", split="train").num_rows == 60
+    assert load_dataset("user/owned", "mine", split="train").num_rows == 1
+
+
+@pytest.mark.parametrize("name", ["scores", "selection"])
+def test_a_configuration_of_the_same_name_is_not_replaced(hub, name):
+    repo_id = f"user/own-{name}"
+    Dataset.from_dict({"player": ["a"], "points": [3]}).push_to_hub(repo_id, name)
+    before = dict(hub.repo(repo_id).files)
+    with pytest.raises(ValueError, match=f"the configuration '{name}' of the repo must be one that hf_mimic wrote"):
+        push(repo_id)
+    assert dict(hub.repo(repo_id).files) == before
+
+
 # ---- what decides --------------------------------------------------------------------------------------------------
 
 

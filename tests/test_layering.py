@@ -163,7 +163,7 @@ ARROWS: dict[str, set[str]] = {
     "pinned": {"base_model", "hub_files", "processes", "reference"},
     "checkpoints": {"files", "reference"},
     "resuming": {"checkpoints"},
-    "hub_trainer": {"cards", "files", "hub", "hub_errors", "resuming", "trainer_record"},
+    "hub_trainer": {"cards", "files", "hub", "hub_errors", "resuming", "shared_scores", "trainer_record"},
     "trainer": {
         "arguments",
         "batch_selection",

@@ -72,19 +72,23 @@ def test_one_commit_with_a_card(hub, trained):
 
 @pytest.mark.filterwarnings("ignore:the score")
 def test_what_people_wrote_in_the_card_stays(hub, trained):
-    trainer, _ = trained("user/edited")
+    trainer, _ = trained("user/edited-model")
     trainer.push_to_hub()
-    repo = hub.repo("user/edited")
+    repo = hub.repo("user/edited-model")
     text = repo.files["README.md"].decode().replace("---\n\n#", "license: mit\n---\n\n#", 1)
     repo.commit(
-        {"README.md": (text + "\n## Who pays\n\nNobody.\n").encode(), "scores/left.parquet": b"of a checkpoint"}
+        {
+            "README.md": (text + "\n## Who pays\n\nNobody.\n").encode(),
+            "scores/steps-0-1-rank-0.parquet": b"of a checkpoint",
+            "scores/own.json": b"theirs",
+        }
     )
     trainer.push_to_hub(tags=["new"])
     card = repo.files["README.md"].decode()
     assert "## Who pays\n\nNobody.\n" in card
     assert ModelCard(card).data.license == "mit"
     assert "new" in ModelCard(card).data.tags
-    assert "scores/left.parquet" not in repo.files
+    assert [path for path in repo.files if path.startswith("scores")] == ["scores/own.json"]
 
 
 @pytest.mark.filterwarnings("ignore:the score")
