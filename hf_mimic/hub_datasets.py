@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +127,9 @@ def card_metadata(
         patterns = {files.pattern for files in splits.values()}
         listed = there.get(name, {}).get("data_files")
         kept = [
-            e for e in listed or [] if isinstance(e, dict) and e["split"] not in splits and e["path"] not in patterns
+            entry
+            for entry in listed or []
+            if isinstance(entry, dict) and entry["split"] not in splits and not _is_one_of(entry["path"], patterns)
         ]
         before = (known[name].splits if name in known else None) or {}
         found = SplitDict()
@@ -141,11 +145,16 @@ def card_metadata(
             config_name=name,
         )
         ours = [{"split": split_name, "path": files.pattern} for split_name, files in splits.items()]
-        entries[name] = {"data_files": [*kept, *ours]}
+        first = {key: there[name][key] for key in ("default",) if key in there.get(name, {})}
+        entries[name] = {**first, "data_files": [*kept, *ours]}
     DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(entries).to_dataset_card_data(data)
     info = data["dataset_info"]
     return {"configs": data["configs"], "dataset_info": info if isinstance(info, list) else [info]}
+
+
+def _is_one_of(path: Any, patterns: set[str]) -> bool:
+    return isinstance(path, str) and path in patterns  # a split may have a list of paths
 
 
 def card_data(card: str | None) -> Any:
@@ -196,9 +205,11 @@ def check_unlisted(present: Present) -> None:
     """Refuse a repo whose data files no card lists: once the card lists ours, nobody would find them any more.
 
     Raises:
-        ValueError: If there are such files.
+        ValueError: If there are such files, or the card lists some that are no Parquet.
     """
-    if card_data(present.card).get("configs"):
+    data = card_data(present.card)
+    if data.get("configs"):
+        _check_kinds(present, data)
         return
     others = sorted(path for path in present.paths if path.endswith(_DATA))
     if others:
@@ -207,3 +218,22 @@ def check_unlisted(present: Present) -> None:
             f"not, such as {others[0]}: `load_dataset` would no longer find them. Choose another repo, or list them first "
             "(https://huggingface.co/docs/hub/datasets-manual-configuration)."
         )
+
+
+def _check_kinds(present: Present, data: Any) -> None:
+    """Refuse a repo whose card lists files of another kind: `load_dataset` reads all that a repo has as one kind."""
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+
+    others = [path for path in sorted(present.paths) if path.endswith(_DATA) and not path.endswith(".parquet")]
+    for name, config in MetadataConfigs.from_dataset_card_data(data).items():
+        folder = config.get("data_dir", "")
+        listed = sanitize_patterns(config.get("data_files") or (["**"] if folder else [])).values()
+        patterns = [posixpath.join(folder, pattern) for paths in listed for pattern in paths]
+        found = [path for path in others if any(fnmatch(path, pattern) for pattern in patterns)]
+        if found:
+            raise ValueError(
+                f"a repo to publish in must have its data as Parquet, got {found[0]} of the configuration {name!r}: "
+                "`load_dataset` would no longer read it. Choose another repo, or push that data set with its own "
+                "`push_to_hub` first."
+            )

@@ -234,6 +234,32 @@ def test_files_and_configurations_of_their_own_stay(hub):
     assert load_dataset("user/owned", "mine", split="train").num_rows == 1
 
 
+@pytest.mark.parametrize(
+    "listed", ["data_files: mine/*.csv", "data_dir: mine", "data_files: [{split: a, path: [mine/x.csv]}]"]
+)
+def test_a_repo_with_data_of_another_kind(hub, listed):
+    head = f"---\nconfigs:\n- config_name: own\n  {listed}\n---\n# Theirs\n"
+    repo_id = f"user/kind-{len(listed)}"
+    hub.create(repo_id, "datasets").commit({"README.md": head.encode(), "mine/x.csv": b"x\n1\n"})
+    assert next(iter(load_dataset(repo_id, "own").values()))["x"][:] == [1]
+    with pytest.raises(ValueError, match=r"must have its data as Parquet, got mine/x.csv of the configuration 'own'"):
+        push_scores(scores(), repo_id)
+
+
+def test_a_split_of_several_paths_and_the_first_configuration_stay(hub):
+    push("user/paths", DatasetDict(train=rows(), test=rows(6, start=100)), config_name="curated")
+    repo = hub.repo("user/paths")
+    card = (
+        repo.files["README.md"]
+        .decode()
+        .replace("config_name: curated\n", "config_name: curated\n  default: true\n", 1)
+    )
+    card = card.replace("path: curated/test-*", "path:\n    - curated/test-00000-of-00001.parquet")
+    repo.commit({"README.md": card.encode()})
+    assert push("user/paths", config_name="curated", rule=ThresholdFilter()).changed
+    assert {name: len(part) for name, part in load_dataset("user/paths").items()} == {"test": 6, "train": 24}
+
+
 @pytest.mark.parametrize("name", ["scores", "selection"])
 def test_a_configuration_of_the_same_name_is_not_replaced(hub, name):
     repo_id = f"user/own-{name}"
