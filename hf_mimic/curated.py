@@ -34,7 +34,7 @@ from hf_mimic.origins import COMMAND, origin
 from hf_mimic.push_options import CurationOptions, destination
 from hf_mimic.report import build_report
 from hf_mimic.report_options import ReportOptions
-from hf_mimic.run_record import RunRecord
+from hf_mimic.run_record import RunRecord, public_name
 from hf_mimic.scores import ScoreTable
 from hf_mimic.selection_record import Counts, SelectionRecord
 from hf_mimic.shared_scores import FOLDER, in_repo, quality_of, record_of, score_files, stale_scores
@@ -211,7 +211,8 @@ def _record(
     reasons = choice.decisions["reason"].drop_null().value_counts().to_pylist()
     labels = label_column(choice.rows, options.get("label_column"))
     repo, commit = origin(choice.rows)
-    named = options.get("original_dataset") or repo or run.dataset
+    named = public_name(options.get("original_dataset") or repo or run.dataset)
+    known = commit if named == repo else run.dataset_revision if named == run.dataset else None
     unscored_dropped = options.get("drop_unscored", False)
     return SelectionRecord(
         run=run,
@@ -227,7 +228,7 @@ def _record(
         splits=sizes,
         split=split,
         original_dataset=named,
-        original_revision=options.get("original_revision") or (commit if named == repo else run.dataset_revision),
+        original_revision=options.get("original_revision") or known,
         sample_id_column=options.get("sample_id_column", "sample_id"),
         command=options.get("command") or COMMAND.get(),
     )

@@ -14,6 +14,7 @@ from publications import is_wrong, md5s, rows, scores
 from hf_mimic import ThresholdFilter, TrustFilter, attach_scores, load_scores, push_curated_dataset, push_scores
 from hf_mimic.hub import Contents, Destination, publish
 from hf_mimic.hub_errors import HubError
+from hf_mimic.run_record import RunRecord
 
 PLAIN = {"figures": False}
 
@@ -338,6 +339,20 @@ def test_what_cannot_be_published(hub, change, message):
 def test_a_repo_id_that_is_a_path():
     with pytest.raises(ValueError, match=r"`repo_id` must be .user/name., got './here'"):
         push("./here")
+
+
+def test_what_was_filtered_is_named_without_its_folder_and_with_its_own_commit(hub, tmp_path):
+    run = RunRecord(dataset="you/scored", dataset_revision="3" * 40)
+
+    def said(**options):
+        push("user/named", run=run, **options)
+        record = json.loads(hub.repo("user/named").files["selection.json"].decode())
+        return record["original_dataset"], record["original_revision"]
+
+    assert said() == ("you/scored", "3" * 40)
+    assert said(original_dataset="you/other") == ("you/other", None)
+    assert said(original_dataset=str(tmp_path)) == (f"local folder {tmp_path.name}", None)
+    assert not any(str(tmp_path).encode() in content for content in hub.repo("user/named").files.values())
 
 
 # ---- scores alone --------------------------------------------------------------------------------------------------
