@@ -24,7 +24,7 @@ from hf_mimic.selection_record import Counts, count_by
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NO_SCORE = "no score"
+_NO_SCORE, _NO_ROW = "no score", "not among the rows that were given"
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def choose(
             "a curated data set must have the column `keep`, or a `rule` that decides, got neither. Attach one: "
             "attach_scores(dataset, table, keep=...), or give rule=TrustFilter() with the scores."
         )
+    elif table is not None:
+        rows = _with_scores(rows, table, sample_id_column)
     said = keep_column(rows)
     keep = np.asarray(said.fill_null(not drop_unscored))
     if not keep.any():
@@ -94,8 +96,10 @@ def choose(
             f"at least one row must be kept, got none of {len(rows)}. Choose a rule that keeps more; nothing was published."
         )
     decisions = _decisions(ids, said, keep, result, table)
-    unscored = said.null_count if table is None else int((~np.isin(ids, _scored(table))).sum())
-    return Choice(rows, keep, decisions, words or "by the column `keep`", threshold, unscored)
+    by_result = result is not None  # it may have seen other tables, too
+    unscored = said.null_count if by_result or table is None else int((~np.isin(ids, _scored(table))).sum())
+    words = words or ("by a filter that is not named" if by_result else "by the column `keep`")
+    return Choice(rows, keep, decisions, words, threshold, unscored)
 
 
 def _result(rule: Any, table: ScoreTable | None) -> tuple[str | None, Any, FilterResult | None]:
@@ -133,9 +137,15 @@ def _attached(rows: Dataset, ids: np.ndarray, table: ScoreTable | None, result: 
                 "(dataset.remove_columns('keep')), or leave the rule out."
             )
         return rows
-    if table is not None and not {"n_visits", "loss"} <= {*rows.column_names}:
-        rows = attach_scores(rows, table, sample_id_column=column)
+    if table is not None:
+        rows = _with_scores(rows, table, column)
     return rows.add_column("keep", keep)
+
+
+def _with_scores(rows: Dataset, table: ScoreTable, column: str) -> Dataset:
+    """Return the rows with their scores as columns, unless they have them."""
+    there = {"n_visits", "loss"} <= {*rows.column_names}
+    return rows if there else attach_scores(rows, table, sample_id_column=column)
 
 
 def keep_column(rows: Dataset) -> pa.Array:
@@ -164,7 +174,10 @@ def _decisions(
         place = order[np.searchsorted(result.sample_id[order], every).clip(max=len(result) - 1)]
         known = result.sample_id[place] == every
         codes = np.where(known, result.code[place], len(result.reasons))
-        reason = pa.array([*result.reasons, _NO_SCORE]).take(pa.array(codes))
+        codes[known & result.keep[place] & ~np.isin(every, ids)] = (
+            len(result.reasons) + 1
+        )  # what dropped it is not known
+        reason = pa.array([*result.reasons, _NO_SCORE, _NO_ROW]).take(pa.array(codes))
     reason = pa.compute.if_else(pa.compute.equal(reason, ""), pa.scalar(None, pa.string()), reason)
     return pa.table({"sample_id": every, "keep": kept, "reason": reason.cast(pa.string())})
 

@@ -299,6 +299,27 @@ def test_rows_that_were_filtered_before(hub):
     assert sum(load_dataset("user/before", "selection", split="train")["keep"]) == 24
 
 
+def test_a_result_decides_of_what_it_has_seen(hub):
+    result = TrustFilter().fit(scores()).filter(scores())
+    with pytest.warns(UserWarning, match="2 of 10 rows have no score"):  # in this table; the result has seen another
+        push("user/result", rows().select(range(10)), scores(8), rule=result)
+    record = json.loads(hub.repo("user/result").files["selection.json"].decode())
+    assert (record["rows"], record["unscored"]) == ({"before": 30, "after": 8}, 0)
+    assert record["rule"] == "by a filter that is not named"
+    said = load_dataset("user/result", "selection", split="train")
+    assert {r for r, keep in zip(said["reason"], said["keep"], strict=True) if keep}.isdisjoint(
+        r for r, keep in zip(said["reason"], said["keep"], strict=True) if not keep
+    )
+    assert record["reasons"]["not among the rows that were given"] == 16
+
+
+def test_scores_are_attached_whoever_decides(hub):
+    push("user/hand", rows(keep=[i % 2 == 0 for i in range(30)]), rule=None)
+    assert {"trust", "loss", "n_visits"} <= {*load_dataset("user/hand", split="train").column_names}
+    push("user/words", rule="a person looked")
+    assert {"trust", "loss", "n_visits"} <= {*load_dataset("user/words", split="train").column_names}
+
+
 def test_rows_without_a_score(hub):
     with pytest.warns(UserWarning, match="5 of 35 rows have no score"):
         push("user/unscored", rows(35))
