@@ -146,13 +146,14 @@ class _Publication:
         return SplitFiles((path,), features, len(choice.decisions), choice.decisions.nbytes, pattern)
 
     def _draw(self, choice: Choice, scores: ScoreTable, options: CurationOptions) -> None:
+        label = label_column(choice.rows, options.get("label_column"))
         shown = ReportOptions(
             max_rows=5_000,
             max_images=_PICTURES,
-            label_column=options.get("label_column"),
+            label_column=label,
             sample_id_column=self.record.sample_id_column,
         )
-        report = build_report(scores, self.folder / "report", dataset=choice.rows, options=shown)
+        report = build_report(scores, self.folder / "report", dataset=_for_figures(choice.rows, label), options=shown)
         drawn = {path.stem: path for path in report.figures if path.suffix == ".png"}
         for name, caption in _CAPTIONS.items():
             if name in drawn:
@@ -178,6 +179,14 @@ class _Publication:
         stale |= stale_scores(present) if FOLDER in self.configs else frozenset()
         stale |= {f"{FIGURES}/{name}.png" for name in _CAPTIONS} if self.figures else frozenset()
         return Contents({CARD: card.encode(), **self.files}, stale)
+
+
+def _for_figures(rows: Dataset, label: str | None) -> Dataset:
+    """Return the rows without the columns that the report would take for images and labels by their names only."""
+    from datasets import Image
+
+    other = {"label": label is None, "image": not isinstance(rows.features.get("image"), Image)}
+    return rows.remove_columns([name for name, drop in other.items() if drop and name in rows.column_names])
 
 
 def _check_config(name: str) -> None:

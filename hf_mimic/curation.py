@@ -224,5 +224,12 @@ def _with_the_rest(found: Mapping[str, Counts], most: int) -> dict[str, Counts]:
 
 
 def label_column(rows: Dataset, named: str | None) -> str | None:
-    """Return the column of the labels: the one that is named, or `label` if there is one."""
-    return named if named is not None else ("label" if "label" in rows.column_names else None)
+    """Return the column of the labels: the one that is named, or `label` if it has one class per row.
+
+    A mask, a box or a number with a fraction that is called `label` is none.
+    """
+    if named is not None or "label" not in rows.column_names:
+        return named
+    kind = getattr(rows.features["label"], "pa_type", None)
+    of_classes = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    return "label" if kind is not None and any(is_one(kind) for is_one in of_classes) else None

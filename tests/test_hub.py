@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
-from publications import is_wrong, md5s, rows, scores
+from publications import is_wrong, md5s, picture, rows, scores
 
 from hf_mimic import ThresholdFilter, TrustFilter, attach_scores, load_scores, push_curated_dataset, push_scores
 from hf_mimic.hub import Contents, Destination, publish
@@ -318,6 +318,25 @@ def test_scores_are_attached_whoever_decides(hub):
     assert {"trust", "loss", "n_visits"} <= {*load_dataset("user/hand", split="train").column_names}
     push("user/words", rule="a person looked")
     assert {"trust", "loss", "n_visits"} <= {*load_dataset("user/words", split="train").column_names}
+
+
+@pytest.mark.parametrize("kind", ["mask", "vector", "number"])
+def test_labels_that_are_no_classes(hub, kind):
+    masks = [{"bytes": picture(i), "path": None} for i in range(30)]
+    values = {"mask": masks, "vector": [[0.5, i] for i in range(30)], "number": [i / 2 for i in range(30)]}
+    feature = datasets.Image() if kind == "mask" else None
+    given = rows().remove_columns("label").add_column("label", values[kind], feature=feature)
+    push(f"user/{kind}", given, figures=True)
+    assert json.loads(hub.repo(f"user/{kind}").files["selection.json"].decode())["classes"] == {}
+    assert load_dataset(f"user/{kind}", split="train").features["label"] == given.features["label"]
+    assert "figures/best_and_worst.png" in hub.repo(f"user/{kind}").files
+
+
+def test_images_that_are_only_named(hub):
+    given = Dataset.from_dict({"sample_id": range(30), "image": [f"{i}.png" for i in range(30)]})
+    push("user/addresses", given, figures=True)
+    assert load_dataset("user/addresses", split="train")["image"][0] == "1.png"
+    assert "figures/score_by_epoch.png" in hub.repo("user/addresses").files
 
 
 def test_rows_without_a_score(hub):
