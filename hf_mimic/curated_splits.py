@@ -46,7 +46,8 @@ def splits_of_rows(dataset: Any, split: str | None) -> tuple[str, Mapping[str, A
     """Return the name of the split to filter, and all splits.
 
     Raises:
-        ValueError: If there is none of this name, or one that looks like an evaluation split was not asked for by name.
+        ValueError: If there is none of this name, another one has no row, or one that looks like an evaluation split was
+            not asked for by name.
     """
     from datasets import Dataset, DatasetDict
 
@@ -62,16 +63,23 @@ def splits_of_rows(dataset: Any, split: str | None) -> tuple[str, Mapping[str, A
         raise ValueError(
             f"a curated data set must be a Dataset or a DatasetDict, got a {type(dataset).__name__}. Load a stream whole first."
         )
-    own = re.match(r"\w+", str(dataset.split or ""))
-    if split is None and own is not None and own[0] not in ("train", "all"):
+    parts = re.findall(r"(?:^|\+)(\w+)", str(dataset.split or ""))  # of "train[:50%]+test"
+    other = next((part for part in parts if part not in ("train", "all")), None)
+    if split is None and other is not None:
         raise ValueError(
-            f"only training data are filtered unless you say so, got the split {own[0]!r}. Say split={own[0]!r}, and that "
+            f"only training data are filtered unless you say so, got the split {other!r}. Say split={other!r}, and that "
             "results on it cannot be compared with others'."
         )
     return split or "train", {split or "train": dataset}
 
 
 def _check_others(splits: Mapping[str, Any], first: str) -> None:
+    empty = [name for name, rows in splits.items() if name != first and not len(rows)]
+    if empty:
+        raise ValueError(
+            f"every split must have a row, got none in {', '.join(empty)}: `load_dataset` reads no data set with an empty "
+            "split. Leave it out."
+        )
     dropping: Sequence[str] = [
         name
         for name, rows in splits.items()

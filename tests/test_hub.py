@@ -191,6 +191,10 @@ def test_an_evaluation_split_is_filtered_only_by_name():
         push("user/test-split", test)
     push("user/test-split", test, split="test")
     assert set(load_dataset("user/test-split")) == {"test"}
+    with pytest.raises(ValueError, match="only training data are filtered unless you say so, got the split 'test'"):
+        push("user/test-split", Dataset(rows().data, split="train[:50%]+test"))
+    with pytest.raises(ValueError, match="every split must have a row, got none in test"):
+        push("user/test-split", DatasetDict(train=rows(), test=rows(0)))
     both = DatasetDict(train=rows(), test=attach_scores(rows(), scores(), keep=~is_wrong(range(30))))
     with pytest.raises(ValueError, match="only the split 'train' is filtered, got rows with keep=False in test"):
         push("user/both", both)
