@@ -26,7 +26,8 @@ from hf_mimic.trainer_record import record_of_run, task_of
 
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset")
 _SCORES = r"scores(-\d+)?"  # folders
-_IGNORED = re.compile(rf"_|checkpoint-|.*/_|.*\.tmp$|{_SCORES}/")  # as the Trainer leaves out; and scores
+# As the Trainer and its client leave out; and scores.
+_IGNORED = re.compile(rf"_|checkpoint-|.*/_|.*\.tmp$|(.*/)?\.(git|cache)/|{_SCORES}/")
 logger = logging.getLogger(__name__)
 
 

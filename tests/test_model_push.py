@@ -52,14 +52,18 @@ def test_the_record_of_a_run(trained, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the score")
-def test_one_commit_with_a_card(hub, trained):
+def test_one_commit_with_a_card(hub, trained, tmp_path):
     trainer, commit = trained("user/pushed")
+    for name in (".git/config", ".cache/huggingface/x", "runs/.git/config"):  # the client takes none of these
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("url = https://user:password@example.com")
     done = trainer.push_to_hub(license="mit", language="en", tags=["birds"])
     assert [c.oid for c in hub.commits("user/pushed")][1:] == [done.oid]
     assert done.commit_url == f"{hub.url}/user/pushed/commit/{done.oid}"
     files = hub.repo("user/pushed").files
     assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} <= {*files}
-    assert not [path for path in files if path.startswith(("scores", "checkpoint-", "_"))]
+    assert not [path for path in files if path.startswith(("scores", "checkpoint-", "_", ".cache", ".git/", "runs"))]
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "mit"
     assert {"birds", "hf_mimic"} <= {*card.data.tags}
