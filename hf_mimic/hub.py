@@ -179,8 +179,8 @@ def _present(api: HfApi, repo_id: str, to: Destination) -> Present:
     paths = frozenset(api.list_repo_files(repo_id, repo_type=to.repo_type, revision=commit))
     card = None
     if CARD in paths:
-        path = verify(Path(api.hf_hub_download(repo_id, CARD, repo_type=to.repo_type, revision=commit)))
-        card = path.read_text(encoding="utf-8")
+        file = Path(api.hf_hub_download(repo_id, CARD, repo_type=to.repo_type, revision=commit))
+        card = verify(file, token=to.token).read_text(encoding="utf-8")
     return Present(repo_id, commit, paths, card)
 
 

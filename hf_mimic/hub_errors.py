@@ -100,7 +100,7 @@ def retry_after(error: BaseException) -> float | None:
     told = response.headers.get("Retry-After")
     if told is not None:
         try:
-            return max(float(told), 0.0)
+            return max(0.0, float(told))  # in this order also 0 for "nan"
         except ValueError:
             return _seconds_until(told)
     limit = re.search(r'"\w+"\s*;\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)', response.headers.get("RateLimit", ""))

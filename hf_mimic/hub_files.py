@@ -158,12 +158,13 @@ class _Cached(NamedTuple):
     commit: str
     name: str
     path: Path
+    token: str | None
 
     @classmethod
-    def of(cls, path: Path) -> _Cached | None:
+    def of(cls, path: Path, token: str | None) -> _Cached | None:
         """Take apart the path of a file, None if it is not in the cache of the Hub's clients."""
         match = re.search(r"/(model|dataset|space)s--([^/]+)/snapshots/([0-9a-f]{40})/(.+)$", path.as_posix())
-        return cls(match[2].replace("--", "/"), match[1], match[3], match[4], path) if match else None
+        return cls(match[2].replace("--", "/"), match[1], match[3], match[4], path, token) if match else None
 
     @property
     def blob(self) -> Path | None:
@@ -179,7 +180,7 @@ class _Cached(NamedTuple):
         if is_offline_mode():
             return None
         url = hf_hub_url(self.repo_id, self.name, repo_type=self.repo_type, revision=self.commit)
-        return get_hf_file_metadata(url).etag
+        return get_hf_file_metadata(url, token=self.token).etag
 
     def remove(self, inode: int) -> None:
         """Take the file out of the cache, unless another process has put a new one there."""
@@ -192,10 +193,10 @@ class _Cached(NamedTuple):
 
     def again(self) -> None:
         """Download it once more."""
-        hf_hub_download(self.repo_id, self.name, repo_type=self.repo_type, revision=self.commit)
+        hf_hub_download(self.repo_id, self.name, repo_type=self.repo_type, revision=self.commit, token=self.token)
 
 
-def verify(path: Path) -> Path:
+def verify(path: Path, *, token: str | None = None) -> Path:
     """Compare a file in the Hub's cache with the hash that it was announced with, once per process; return its path.
 
     The clients compare sizes only. A file with other bytes is removed and downloaded once more. What is not in the
@@ -203,11 +204,12 @@ def verify(path: Path) -> Path:
 
     Args:
         path: As `hf_hub_download` returned it.
+        token: That it was downloaded with; by default the one that `hf auth login` stored, or HF_TOKEN.
 
     Raises:
         HubError: If the second download has other bytes, too; then neither is kept.
     """
-    cached = _Cached.of(path)
+    cached = _Cached.of(path, token)
     if cached is None or _stamp(path) in _verified:
         return path
     step = f"verifying {cached.name}"

@@ -90,7 +90,7 @@ def load_scores(repo_id: str, *, revision: str | None = None, token: str | None 
         raise explain(error, repo_id, "reading the scores") from None
     folder = Path(path) / FOLDER
     for file in sorted(folder.glob("*")):
-        verify(file)
+        verify(file, token=token)
     if not any(folder.glob("*.parquet")):
         raise FileNotFoundError(
             f"{repo_id} must hold scores ({FOLDER}/*.parquet), found none. Give a data set that hf_mimic.push_scores wrote."

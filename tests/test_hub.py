@@ -512,6 +512,8 @@ def test_the_token_that_is_given(hub, monkeypatch):
     with pytest.raises(HubError, match="there is no data set of this name, or it is private"):
         load_scores("user/given")
     assert len(load_scores("user/given", token=token)) == 60
+    hub.fail("GET", "/resolve/.*README", corrupt=True)  # the second download needs the token, too
+    assert not push("user/given", private=True, token=token).changed
 
 
 def test_what_people_wrote_in_the_card_stays(hub):

@@ -140,6 +140,7 @@ def test_seconds_to_wait():
     assert 90 < retry_after(http_error(503, **{"Retry-After": date})) <= 100
     assert retry_after(http_error(503, **{"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})) == 0
     assert retry_after(http_error(503, **{"Retry-After": "soon"})) is None
+    assert retry_after(http_error(429, **{"Retry-After": "nan"})) == 0
     assert retry_after(ValueError("no answer at all")) is None
     assert "in 55 seconds" in str(explain(http_error(429, RateLimit='"api";r=0;t=55'), "user/rows", "committing"))
 
