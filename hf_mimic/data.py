@@ -61,6 +61,11 @@ def read_sample_ids(dataset: Dataset, column: str = SAMPLE_ID) -> np.ndarray:
             "Keep it under another name and add ids: hf_mimic.data.add_sample_ids(dataset)."
         )
     unique, counts = np.unique(values, return_counts=True)
+    if unique[-1] > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"the column `{column}` must hold ids below 2**63, got {unique[-1]}. Keep it under another name and add ids: "
+            "hf_mimic.data.add_sample_ids(dataset)."
+        )
     if len(unique) < len(values):
         raise ValueError(
             f"the column `{column}` must hold unique ids, got {int((counts - 1).sum())} repeated, such as "

@@ -118,6 +118,14 @@ def test_ids_must_be_there():
         read_sample_ids(numbers())
 
 
+def test_ids_must_fit():
+    rows = numbers(2).add_column("sample_id", np.array([1, 2**63], np.uint64))
+    with pytest.raises(ValueError, match=r"must hold ids below 2\*\*63, got 9223372036854775808"):
+        read_sample_ids(rows)
+    most = numbers(2).add_column("sample_id", np.array([1, 2**63 - 1], np.uint64))
+    assert read_sample_ids(most).tolist() == [1, 2**63 - 1]
+
+
 def test_ids_must_be_unique():
     rows = datasets.concatenate_datasets([add_sample_ids(numbers(3)), add_sample_ids(numbers(2)).select([1])])
     with pytest.raises(
