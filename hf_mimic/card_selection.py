@@ -61,7 +61,7 @@ def selection_words(record: SelectionRecord, repo_id: str, configs: Any, *, conf
             (escape(column), _group_words(values), counts_table(column, values))
             for column, values in record.groups.items()
         ],
-        "splits_words": _splits_words(record),
+        "splits_words": _splits_words(record, _earlier(record, configs, config)),
         "splits": table(
             ("split", "rows", "filtered"),
             [(escape(n), number(k), "yes" if n == record.split else "no") for n, k in record.splits.items()],
@@ -137,12 +137,25 @@ def _group_words(values: Mapping[str, Counts]) -> str:
     return f". {told.removesuffix('.')}" if told else ""
 
 
-def _splits_words(record: SelectionRecord) -> str:
-    others = [name for name in record.splits if name != record.split]
-    if not others:
-        return f"Only the split {code(record.split)} is here, and it was filtered."
-    are = "are as they were" if len(others) > 1 else "is as it was"
-    return f"Only the split {code(record.split)} was filtered. {named([code(n) for n in others])} {are}."
+def _earlier(record: SelectionRecord, configs: Any, config: str) -> list[str]:
+    """Return the splits of a config that another publication wrote, by the metadata."""
+    listed = next((entry.get("data_files") for entry in configs or [] if entry.get("config_name") == config), None)
+    names = [entry["split"] for entry in listed or [] if isinstance(entry, Mapping)]
+    return [name for name in names if name not in record.splits]
+
+
+def _splits_words(record: SelectionRecord, earlier: list[str]) -> str:
+    others, split = [name for name in record.splits if name != record.split], code(record.split)
+    words = f"Only the split {split} is here, and it was filtered."
+    if others:
+        are = "are as they were" if len(others) > 1 else "is as it was"
+        words = f"Only the split {split} was filtered. {named([code(n) for n in others])} {are}."
+    elif earlier:
+        words = f"Only the split {split} was filtered now."
+    if earlier:
+        are = "are" if len(earlier) > 1 else "is"
+        words += f" {named([code(n) for n in earlier])}, published before, {are} here, too."
+    return words
 
 
 def _splits_of(configs: Any, name: str, split: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from hf_mimic.curation import keep_column
+from hf_mimic.push_options import check_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,6 +58,8 @@ def splits_of_rows(dataset: Any, split: str | None) -> tuple[str, Mapping[str, A
             raise ValueError(
                 f"the data set must have the split {name!r}, got {', '.join(dataset)}. Name one: split=..."
             )
+        for each in dataset:
+            check_split(each)
         _check_others(dataset, name)
         return name, dict(dataset)
     if not isinstance(dataset, Dataset):

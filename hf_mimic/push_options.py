@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -71,12 +72,14 @@ def destination(repo_id: str, options: Mapping[str, Any], known: type) -> Destin
         known: `PushOptions` or `CurationOptions`.
 
     Raises:
-        ValueError: If an option is unknown, or the name is none.
+        ValueError: If an option is unknown, or the name of the repo or of the split is none.
     """
     for name in options:
         check_choice("option", name, tuple(known.__annotations__))
     if not isinstance(repo_id, str) or not repo_id.strip() or repo_id.startswith((".", "/", "~")):
         raise ValueError(f'`repo_id` must be "user/name", got {repo_id!r}.')
+    if options.get("split") is not None:
+        check_split(options["split"])
     return Destination(
         repo_id,
         revision=options.get("revision"),
@@ -84,3 +87,16 @@ def destination(repo_id: str, options: Mapping[str, Any], known: type) -> Destin
         private=options.get("private"),
         token=options.get("token"),
     )
+
+
+def check_split(name: str) -> None:
+    """Refuse a name under which `datasets` would not find a split.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+        raise ValueError(
+            f'a split must have a name of letters, digits, _ and dots between them, got {name!r}. Use "train_clean", for '
+            "instance."
+        )

@@ -185,6 +185,24 @@ def test_only_the_split_train_is_filtered(hub):
     assert record["splits"] == {"train": 24, "test": 6}
 
 
+def test_splits_one_after_the_other(hub):
+    push("user/one-by-one")
+    push("user/one-by-one", rows(10, start=100), scores(110), split="more")
+    assert {k: len(v) for k, v in load_dataset("user/one-by-one").items()} == {"train": 24, "more": 8}
+    assert set(load_dataset("user/one-by-one", "selection")) == {"train", "more"}
+    card = hub.repo("user/one-by-one").files["README.md"].decode()
+    assert "Only the split `more` was filtered now. `train`, published before, is here, too." in card
+
+
+@pytest.mark.parametrize("name", ["train-clean", "a/b", "../x", "my split", ""])
+def test_names_that_no_split_can_have(hub, name):
+    with pytest.raises(ValueError, match="a split must have a name of letters, digits, _ and dots between them, got"):
+        push("user/never", split=name)
+    with pytest.raises(ValueError, match="a split must have a name of letters, digits, _ and dots between them, got"):
+        push_scores(scores(), "user/never", split=name)
+    assert ("datasets", "user/never") not in hub.repos
+
+
 def test_an_evaluation_split_is_filtered_only_by_name():
     test = Dataset(rows().data, split="test")
     with pytest.raises(ValueError, match="only training data are filtered unless you say so, got the split 'test'"):

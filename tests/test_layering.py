@@ -254,7 +254,7 @@ ARROWS: dict[str, set[str]] = {
     "origins": set(),
     "trainer_record": {"origins", "run_record"},
     "curation": {"cuts", "data", "filter_words", "scores", "selection_record"},
-    "curated_splits": {"curation"},
+    "curated_splits": {"curation", "push_options"},
     "curated": {
         "cards",
         "curated_splits",
