@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from hf_mimic.hub_errors import explain, hub_errors, is_transient, request_of, retry_after, status_of, told
+from hf_mimic.hub_errors import HubError, explain, hub_errors, is_transient, request_of, retry_after, status_of, told
 from hf_mimic.hub_files import verify
 
 CARD = "README.md"
@@ -180,7 +180,12 @@ def _present(api: HfApi, repo_id: str, to: Destination) -> Present:
     card = None
     if CARD in paths:
         file = Path(api.hf_hub_download(repo_id, CARD, repo_type=to.repo_type, revision=commit))
-        card = verify(file, token=to.token).read_text(encoding="utf-8")
+        try:
+            card = verify(file, token=to.token).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise HubError(
+                repo_id, f"reading {CARD}", f"it must be UTF-8, got {error}", "Correct or delete it, and publish again"
+            ) from None
     return Present(repo_id, commit, paths, card)
 
 

@@ -552,4 +552,8 @@ def test_a_card_that_cannot_be_read(hub):
     hub.create("user/bad-card", "datasets").commit({"README.md": b"---\nlicense: [\n---\n# Theirs\n"})
     with pytest.raises(ValueError, match=r"the metadata of a card must be YAML, got what cannot be read"):
         push("user/bad-card")
+    hub.create("user/no-text", "datasets").commit({"README.md": b"\xff\xfe#"})
+    with pytest.raises(HubError, match=r"user/no-text: reading README.md failed: it must be UTF-8, got .* delete it"):
+        push("user/no-text")
+    assert len(hub.requests("GET", "no-text/resolve/")) == 1  # it is not tried again
     assert hub.repo("user/bad-card").files["README.md"] == b"---\nlicense: [\n---\n# Theirs\n"
