@@ -6,7 +6,7 @@ Read `add_sample_ids`; `SampleIdDataset` and `SampleIdCollator` are how the trai
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -290,16 +290,3 @@ def with_image_transform(dataset: Dataset, processor: Any, image: str = "image",
             "Name yours with --image_column and --label_column."
         )
     return dataset.with_transform(transform)
-
-
-class MappedLoader:
-    """A loader whose batches go through a function; it has its length for a progress bar."""
-
-    def __init__(self, loader: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.loader, self.function = loader, function
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.function, self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)

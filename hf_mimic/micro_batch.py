@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +68,16 @@ def joined(parts: Iterable[Tensor | None]) -> Tensor | None:
     """Return the concatenation, None if one of them is."""
     found = list(parts)
     return None if any(x is None for x in found) else torch.cat(found)  # type: ignore[arg-type]
+
+
+class MappedLoader:
+    """A loader whose batches go through a function; it has its length for a progress bar."""
+
+    def __init__(self, loader: Any, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.loader, self.function = loader, function
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.function, self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)

@@ -56,8 +56,7 @@ def run_push(options: PushArguments, rule: RuleArguments) -> dict[str, Any]:
         **where,
     )
     kept = keep_column(rows).fill_null(not rule.drop_unscored)
-    lines = {"rows": len(rows), "kept": share(np.asarray(kept)), "rule": result.rule}
-    return lines | _told(done, options.config_name)
+    return {"rows": len(rows), "kept": share(np.asarray(kept)), "rule": result.rule} | _told(done, options.config_name)
 
 
 def _told(done: Published, config: str = "default") -> dict[str, Any]:

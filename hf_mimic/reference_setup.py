@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
 from hf_mimic.contrastive import couples
-from hf_mimic.data import MappedLoader
 from hf_mimic.heads import head_cosine, init_head
 from hf_mimic.health import likely_cause
 from hf_mimic.layers import WORDS
 from hf_mimic.losses import COUNTED, cross_entropy
-from hf_mimic.micro_batch import MicroBatch, batch_size
+from hf_mimic.micro_batch import MappedLoader, MicroBatch, batch_size
 from hf_mimic.mimic import MimicDirection, direction_norm
 from hf_mimic.pinned import PinnedReference
 from hf_mimic.reference import Reference

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_mimic.data import SAMPLE_ID, MappedLoader, SampleIdCollator, SampleIdDataset, read_sample_ids
+from hf_mimic.data import SAMPLE_ID, SampleIdCollator, SampleIdDataset, read_sample_ids
 from hf_mimic.losses import PerSampleLoss, clip_score, loss_for_model
+from hf_mimic.micro_batch import MappedLoader
 from hf_mimic.mimic import direction_norm, eval_mode, mimic_forward
 from hf_mimic.reference import Reference
 from hf_mimic.reference_pass import reference_bar, runnable_tensors, score_reference

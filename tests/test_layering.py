@@ -96,7 +96,7 @@ ARROWS: dict[str, set[str]] = {
         "scoring",
         "trust",
     },
-    "scoring": {"data", "losses", "mimic", "reference", "reference_pass", "scores"},
+    "scoring": {"data", "losses", "micro_batch", "mimic", "reference", "reference_pass", "scores"},
     "arguments": {"checks", "heads", "mimic", "selection"},
     # which samples to train on
     "history": {"checks"},
@@ -147,7 +147,6 @@ ARROWS: dict[str, set[str]] = {
     "reference_pass": {"files", "finite", "hub_files", "judge", "losses", "mimic", "reference"},
     "reference_setup": {
         "contrastive",
-        "data",
         "heads",
         "health",
         "layers",
