@@ -176,7 +176,7 @@ class _Publication:
         stale = stale_paths(
             present, {**self.configs[self.config], SELECTION: self.configs[SELECTION][self.record.split]}
         )
-        stale |= stale_scores(present) if FOLDER in self.configs else frozenset()
+        stale |= stale_scores(present, f"{FOLDER}/{self.record.split}") if FOLDER in self.configs else frozenset()
         stale |= {f"{FIGURES}/{name}.png" for name in _CAPTIONS} if self.figures else frozenset()
         return Contents({CARD: card.encode(), **self.files}, stale)
 

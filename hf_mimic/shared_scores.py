@@ -66,36 +66,46 @@ def push_scores(table: ScoreTable, repo_id: str, **options: Unpack[PushOptions])
                 quality=quality,
                 existing=present.card,
             )
-            return Contents({CARD: card.encode(), **in_repo(files, run)}, stale_scores(present))
+            return Contents({CARD: card.encode(), **in_repo(files, run)}, stale_scores(present, f"{FOLDER}/{split}"))
 
         return publish(to, contents, message=options.get("commit_message") or "Add scores")
 
 
-def load_scores(repo_id: str, *, revision: str | None = None, token: str | None = None) -> ScoreTable:
+def load_scores(
+    repo_id: str, *, split: str | None = None, revision: str | None = None, token: str | None = None
+) -> ScoreTable:
     """Download the scores that `push_scores` or `push_curated_dataset` published.
 
     Args:
         repo_id: Data set on the Hub.
+        split: Of the data set that was scored; only needed where there are scores of several.
         revision: Branch, tag or commit.
         token: By default the one that `hf auth login` stored, or HF_TOKEN.
 
     Raises:
         HubError: If the repo cannot be read.
         FileNotFoundError: If it has no scores.
+        ValueError: If it has scores of several splits, or none of this one.
     """
-    patterns = [f"{FOLDER}/*.parquet", f"{FOLDER}/{RECORD_NAME}"]
+    patterns = [f"{FOLDER}/{split or '*'}/{name}" for name in ("steps-*.parquet", RECORD_NAME)]
     try:
         path = snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=patterns)
     except hub_errors() as error:
         raise explain(error, repo_id, "reading the scores") from None
-    folder = Path(path) / FOLDER
-    for file in sorted(folder.glob("*")):
-        verify(file, token=token)
-    if not any(folder.glob("*.parquet")):
+    folders = sorted({file.parent for file in (Path(path) / FOLDER).glob(f"{split or '*'}/steps-*.parquet")})
+    if not folders:
         raise FileNotFoundError(
-            f"{repo_id} must hold scores ({FOLDER}/*.parquet), found none. Give a data set that hf_mimic.push_scores wrote."
+            f"{repo_id} must hold scores{'' if split is None else f' of the split {split!r}'} "
+            f"({FOLDER}/{split or '*'}/*.parquet), found none. Give a data set that hf_mimic.push_scores wrote."
         )
-    return ScoreTable.load(folder)
+    if len(folders) > 1:
+        raise ValueError(
+            f"{repo_id} has scores of several splits, {', '.join(each.name for each in folders)}: their ids may be the same. "
+            "Name one: split=..."
+        )
+    for file in sorted(folders[0].iterdir()):
+        verify(file, token=token)
+    return ScoreTable.load(folders[0])
 
 
 def open_scores(name: str) -> ScoreTable:
@@ -141,16 +151,17 @@ def score_files(table: ScoreTable, folder: Path, split: str) -> SplitFiles:
     rows = sum(pq.read_metadata(path).num_rows for path in paths)
     width = sum(entry.type.bit_width for entry in SCHEMA) / 8
     features = Features.from_arrow_schema(SCHEMA)
-    return SplitFiles(tuple(paths), features, rows, math.ceil(rows * width), f"{FOLDER}/steps-*.parquet")
+    return SplitFiles(tuple(paths), features, rows, math.ceil(rows * width), f"{FOLDER}/{split}/steps-*.parquet")
 
 
 def in_repo(files: SplitFiles, run: RunRecord) -> dict[str, Path | bytes]:
     """Return path in the repo to file, of the shards and of the record of the run."""
     text = json.dumps(run.as_dict(), indent=1, ensure_ascii=False) + "\n"
-    return {**files.in_repo(), f"{FOLDER}/{RECORD_NAME}": text.encode()}
+    folder = files.pattern.rpartition("/")[0]
+    return {**files.in_repo(), f"{folder}/{RECORD_NAME}": text.encode()}
 
 
-def stale_scores(present: Present, folder: str = FOLDER) -> frozenset[str]:
+def stale_scores(present: Present, folder: str) -> frozenset[str]:
     """Return the files of earlier scores in a repo; others that lie beside them are somebody's own.
 
     Args:

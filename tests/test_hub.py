@@ -35,9 +35,9 @@ def test_one_commit_has_everything(hub):
     assert done.changed
     assert done.url == f"{hub.url}/datasets/user/whole"
     assert [c.oid for c in hub.commits("user/whole")][1:] == [done.commit]
-    shard = "scores/steps-00000000-00000001-rank-00000.parquet"
+    shard = "scores/train/steps-00000000-00000001-rank-00000.parquet"
     expected = ["README.md", "data/train-00000-of-00001.parquet", "figures/best_and_worst.png", "figures/classes.png"]
-    expected += ["figures/score_by_epoch.png", "scores/mimic_record.json", shard, "selection.json"]
+    expected += ["figures/score_by_epoch.png", "scores/train/mimic_record.json", shard, "selection.json"]
     assert sorted(hub.repo("user/whole").files) == [
         ".gitattributes",
         *expected,
@@ -445,6 +445,20 @@ def test_scores_beside_the_data_that_they_are_of(hub):
     push_scores(scores(visits=3), "user/mine")
     assert len(load_scores("user/mine")) == 90
     assert len([path for path in hub.repo("user/mine").files if path.endswith("rank-00000.parquet")]) == 1
+
+
+def test_scores_of_two_splits(hub):
+    push_scores(scores(), "user/two-scored")
+    push_scores(scores(20), "user/two-scored", split="test")
+    sizes = {name: len(part) for name, part in load_dataset("user/two-scored", "scores").items()}
+    assert sizes == {"train": 60, "test": 40}
+    assert [len(load_scores("user/two-scored", split=split)) for split in sizes] == [60, 40]
+    with pytest.raises(ValueError, match="has scores of several splits, test, train: .* Name one"):
+        load_scores("user/two-scored")
+    with pytest.raises(FileNotFoundError, match="must hold scores of the split 'dev'"):
+        load_scores("user/two-scored", split="dev")
+    push_scores(scores(), "user/two-scored")  # as it was
+    assert len(load_dataset("user/two-scored", "scores", split="test")) == 40
 
 
 def test_scores_that_are_not_there(hub):
