@@ -64,7 +64,7 @@ def run_words(run: RunRecord, quality: Mapping[str, Any] | None) -> dict[str, An
         "reference": repo_link(run.reference_model, run.reference_revision),
         "papers": fenced("\n\n".join([PAPERS["mimic"], *([PAPERS["dissect"]] if dissect else [])]), "bibtex"),
         "command": fenced(shell(run.command), "bash") if run.command else "",
-        "load_original": load_line(run.dataset, run.dataset_revision, run.split),
+        "load_original": load_line(run.dataset, run.dataset_config, run.dataset_revision, run.split),
     }
 
 
@@ -158,11 +158,11 @@ def noise_words(quality: Mapping[str, Any] | None) -> str:
     return f"By estimate {percent(rate)} of the labels of {scored} that were scored are wrong{interval}.{source}"
 
 
-def load_line(dataset: str | None, revision: str | None, split: str | None) -> str:
+def load_line(dataset: str | None, config: str | None, revision: str | None, split: str | None) -> str:
     """Return the Python that loads a data set from the Hub at its commit, "" if it is not there."""
     if hub_id(dataset) is None or dataset is None:
         return ""
-    options = [python(dataset)]
+    options = [python(dataset), *([python(config)] if config else [])]
     options += [f"revision={python(revision)}"] if revision else []
     options += [f"split={python(split)}"] if split else []
     line = f"load_dataset({', '.join(options)})"

@@ -238,7 +238,7 @@ def _undo(record: SelectionRecord, repo_id: str, configs: Any) -> str:
 
 def _loading(record: SelectionRecord, repo_id: str, configs: Any) -> list[str]:
     """Return the lines that load the original and the selection, as far as they are published."""
-    original = load_line(record.original_dataset, record.original_revision, record.split)
+    original = load_line(record.original_dataset, record.original_config, record.original_revision, record.split)
     lines = [f"original = {original}"] if original else []
     if _has(configs, "selection"):
         split = _splits_of(configs, "selection", record.split)

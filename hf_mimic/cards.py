@@ -184,7 +184,10 @@ def _merged(existing: str | None, card: DatasetCard | ModelCard) -> str:
 
 
 def _join_words(run: RunRecord, repo_id: str) -> str:
-    load = load_line(run.dataset, run.dataset_revision, run.split) or "...  # the data set that was scored"
+    load = (
+        load_line(run.dataset, run.dataset_config, run.dataset_revision, run.split)
+        or "...  # the data set that was scored"
+    )
     lines = ["from datasets import load_dataset", "from hf_mimic import attach_scores, load_scores", ""]
     lines += [f"dataset = {load}", f"scored = attach_scores(dataset, load_scores({python(repo_id)}))"]
     return (

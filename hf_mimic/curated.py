@@ -30,7 +30,7 @@ from hf_mimic.hub_datasets import (
     stale_paths,
     write_split,
 )
-from hf_mimic.origins import COMMAND, origin
+from hf_mimic.origins import COMMAND, Origin, origin
 from hf_mimic.push_options import CurationOptions, destination
 from hf_mimic.report import build_report
 from hf_mimic.report_options import ReportOptions
@@ -219,25 +219,28 @@ def _record(
     run = options.get("run") or (RunRecord() if scores is None else record_of(scores))
     reasons = choice.decisions["reason"].drop_null().value_counts().to_pylist()
     labels = label_column(choice.rows, options.get("label_column"))
-    repo, commit = origin(choice.rows)
-    named = public_name(options.get("original_dataset") or repo or run.dataset)
-    known = commit if named == repo else run.dataset_revision if named == run.dataset else None
-    unscored_dropped = options.get("drop_unscored", False)
+    source, ran = origin(choice.rows), Origin(run.dataset, run.dataset_revision, run.dataset_config)
+    named = public_name(options.get("original_dataset") or source.dataset or run.dataset)
+    known = next((each for each in (source, ran) if each.dataset == named), Origin())
+    groups = options.get("group_columns", ())
     return SelectionRecord(
         run=run,
         rule=choice.rule,
         threshold=choice.threshold,
         rows=Counts(len(choice.decisions), int(choice.keep.sum())),
         unscored=choice.unscored,
-        unscored_kept=not unscored_dropped,
+        unscored_kept=not options.get("drop_unscored", False),
         reasons={entry["values"]: entry["counts"] for entry in reasons},
         classes={} if labels is None else counted(choice, labels),
-        groups={column: counted(choice, column, most=50) for column in options.get("group_columns", ())},
+        groups={
+            column: counted(choice, column, most=50) for column in ([groups] if isinstance(groups, str) else groups)
+        },
         quality=None if scores is None else quality_of(scores),
         splits=sizes,
         split=split,
         original_dataset=named,
-        original_revision=options.get("original_revision") or known,
+        original_revision=options.get("original_revision") or known.revision,
+        original_config=known.config,
         sample_id_column=options.get("sample_id_column", "sample_id"),
         command=options.get("command") or COMMAND.get(),
     )

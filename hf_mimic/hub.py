@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -123,6 +124,10 @@ def publish(to: Destination, contents: Callable[[Present], Contents], *, message
         raise ValueError(
             f"`create_pr` must go to main, got the revision {to.revision!r}. Leave one of the two out: a pull request "
             "has a branch of its own."
+        )
+    if re.fullmatch("[0-9a-f]{40}", to.revision or ""):
+        raise ValueError(
+            f"`revision` must be a branch to write to, got the commit {to.revision}. Name a branch, or none."
         )
     api = HfApi(token=to.token, library_name="hf_mimic")
     retries = _Retries(to)

@@ -28,7 +28,7 @@ from hf_mimic.files import write_atomically
 RECORD_NAME = "mimic_record.json"
 KINDS = ("training", "scoring", "unknown")
 _NAMES = ("model", "reference_model", "base_model", "dataset")
-_TEXTS = (*_NAMES, "model_revision", "reference_revision", "dataset_revision", "split", "command")
+_TEXTS = (*_NAMES, "model_revision", "reference_revision", "dataset_revision", "dataset_config", "split", "command")
 _TABLES: dict[str, tuple[type, ...]] = {
     "settings": (object,),
     "seeds": (int,),
@@ -59,6 +59,7 @@ class RunRecord:
         base_model: What the reference was fine-tuned from, where it was used or its card names one.
         dataset: What was scored.
         dataset_revision: Commit sha.
+        dataset_config: Name of the configuration; None for the default one.
         split: Of the data set.
         settings: `mimic_layers`, `direction`, `temperature`, `strategy`, `epochs` and so on.
         seeds: By name, such as `seed` and `data_seed`.
@@ -76,6 +77,7 @@ class RunRecord:
     base_model: str | None = None
     dataset: str | None = None
     dataset_revision: str | None = None
+    dataset_config: str | None = None
     split: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)

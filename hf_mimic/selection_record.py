@@ -6,7 +6,7 @@ Read `Counts`, then `SelectionRecord`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from typing import Any
 
 from hf_mimic.run_record import RunRecord, as_json, known_fields, public_command
@@ -62,6 +62,7 @@ class SelectionRecord:
         original_revision: Commit sha.
         sample_id_column: Name of the id column.
         command: What made the selection, if it was a command.
+        original_config: Name of the original's configuration; None for the default one.
     """
 
     run: RunRecord
@@ -80,6 +81,7 @@ class SelectionRecord:
     original_revision: str | None
     sample_id_column: str
     command: str | None
+    original_config: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("rule", "split", "sample_id_column"):
@@ -112,7 +114,9 @@ class SelectionRecord:
             ValueError: If a field is missing or has another type.
         """
         found = known_fields(cls, given)
-        missing = [name for name in cls.__dataclass_fields__ if name not in found]
+        missing = [
+            name for name, entry in cls.__dataclass_fields__.items() if name not in found and entry.default is MISSING
+        ]
         if missing:
             raise ValueError(f"a selection must have every field, {', '.join(missing)} missing. Publish it again.")
         found["run"] = RunRecord.from_dict(found["run"])

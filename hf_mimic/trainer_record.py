@@ -28,11 +28,11 @@ def record_of_run(trainer: Any) -> RunRecord:
     """
     args, settings = trainer.args, trainer.run_settings()
     config = getattr(trainer.model, "config", None)
-    repo, commit = origin(trainer.train_dataset)
+    source = origin(trainer.train_dataset)
     known = {name: getattr(args, argument) for name, argument in _SETTINGS.items()}
     for name in ("lr_scheduler_type", "optim"):
         known[name] = str(getattr(getattr(args, name), "value", getattr(args, name)))
-    known |= _evaluated(trainer.eval_dataset, repo)
+    known |= _evaluated(trainer.eval_dataset, source.dataset)
     own = {k: v for k, v in settings.items() if not k.startswith("reference_")}
     return RunRecord(
         kind="training",
@@ -41,8 +41,9 @@ def record_of_run(trainer: Any) -> RunRecord:
         reference_model=public_name(settings.get("reference_model")),
         reference_revision=settings.get("reference_revision"),
         base_model=public_name(settings.get("reference_base_model")),
-        dataset=repo,
-        dataset_revision=commit,
+        dataset=source.dataset,
+        dataset_revision=source.revision,
+        dataset_config=source.config,
         split=_split(trainer.train_dataset),
         settings=own | known,
         seeds={"seed": args.seed} | ({} if args.data_seed is None else {"data_seed": args.data_seed}),
@@ -63,7 +64,7 @@ def task_of(model: Any) -> str | None:
 
 def _evaluated(rows: Any, trained_on: str | None) -> dict[str, str]:
     """Return split and, if it is another one than that of the training, data set of the evaluation."""
-    split, (repo, _) = _split(rows), origin(rows)
+    split, repo = _split(rows), origin(rows).dataset
     found = {} if split is None else {"eval_split": split}
     return found | ({} if repo in (None, trained_on) else {"eval_dataset": str(repo)})
 

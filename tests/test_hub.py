@@ -31,7 +31,7 @@ def push(repo_id, dataset=None, table=None, **options):
 
 
 def test_one_commit_has_everything(hub):
-    done = push("user/whole", figures=True, group_columns=["label"])
+    done = push("user/whole", figures=True, group_columns="label")
     assert done.changed
     assert done.url == f"{hub.url}/datasets/user/whole"
     assert [c.oid for c in hub.commits("user/whole")][1:] == [done.commit]
@@ -388,6 +388,7 @@ def test_rows_without_a_score(hub):
         ({"label_column": "klass"}, "must have the column 'klass', got image, label, sample_id"),
         ({"config_name": "scores"}, "`config_name` must be a name other than data, scores, selection and figures"),
         ({"create_pr": True, "revision": "v1"}, "`create_pr` must go to main, got the revision 'v1'"),
+        ({"revision": "0" * 40}, "`revision` must be a branch to write to, got the commit 000"),
         ({"privat": True}, "`option` must be one of .* Did you mean 'private'"),
     ],
 )
@@ -453,7 +454,7 @@ def test_scores_of_two_splits(hub):
     sizes = {name: len(part) for name, part in load_dataset("user/two-scored", "scores").items()}
     assert sizes == {"train": 60, "test": 40}
     assert [len(load_scores("user/two-scored", split=split)) for split in sizes] == [60, 40]
-    with pytest.raises(ValueError, match="has scores of several splits, test, train: .* Name one"):
+    with pytest.raises(ValueError, match=r"has scores of several splits, test, train: .* Name one"):
         load_scores("user/two-scored")
     with pytest.raises(FileNotFoundError, match="must hold scores of the split 'dev'"):
         load_scores("user/two-scored", split="dev")
@@ -493,13 +494,22 @@ def test_what_changed_meanwhile_is_looked_at_again(hub):
     assert done.commit == hub.commits("user/moved-on")[-1].oid
 
 
+def test_the_card_loads_the_configuration_that_was_filtered(hub):
+    rows().push_to_hub("user/parts", "first")
+    rows(6).push_to_hub("user/parts", "second")
+    push("user/of-first", load_dataset("user/parts", "first", split="train"))
+    card = hub.repo("user/of-first").files["README.md"].decode()
+    commit = hub.commits("user/parts")[-1].oid
+    assert f'    "user/parts",\n    "first",\n    revision="{commit}",\n    split="train",\n' in card
+
+
 # ---- who may, and what people wrote ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "user/closed: commit failed|preupload failed: no token was given. Log in"),
+        (None, r"user/closed: \w+ failed: no token was given\. Log in"),
         ("hf_unknownunknownunknown", "the Hub does not know the token"),
         ("read", r"the token must not write to it .*\. Log in with one that may write to user/closed"),
         ("stranger", r"the token must not write to it .*\. Log in with one that may write to user/closed"),
