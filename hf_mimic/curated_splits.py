@@ -39,7 +39,8 @@ def aligned(splits: Mapping[str, Dataset], first: str) -> dict[str, Dataset]:
             if column not in rows.column_names:
                 nulls = pa.nulls(len(rows), features.arrow_schema.field(column).type)
                 rows = rows.add_column(column, nulls, feature=features[column])
-        found[name] = rows.select_columns(list(features)).cast(features)
+        rows = rows.select_columns(list(features))
+        found[name] = rows if rows.features.arrow_schema == features.arrow_schema else rows.cast(features)
     return found
 
 

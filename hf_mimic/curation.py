@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from hf_mimic.cuts import FilterResult, ScoreFilter
 from hf_mimic.data import read_sample_ids
 from hf_mimic.filter_words import in_words, threshold_of
+from hf_mimic.joins import find_ids
 from hf_mimic.scores import ScoreTable, attach_scores
 from hf_mimic.selection_record import Counts, count_by
 
@@ -121,11 +122,9 @@ def _result(rule: Any, table: ScoreTable | None) -> tuple[str | None, Any, Filte
 
 def _attached(rows: Dataset, ids: np.ndarray, table: ScoreTable | None, result: FilterResult, column: str) -> Dataset:
     """Return the rows with the column `keep` of a result, and the scores where these are not yet there."""
-    order = np.argsort(result.sample_id)
-    place = order[np.searchsorted(result.sample_id[order], ids).clip(max=len(result) - 1)]
-    absent = result.sample_id[place] != ids
-    keep = pa.array(result.keep[place], mask=absent)
-    if absent.all():
+    place, known = find_ids(result.sample_id, ids)
+    keep = pa.array(result.keep[place], mask=~known)
+    if not known.any():
         raise ValueError(
             f"no `{column}` of the data set is among the {len(result)} samples of the rule. Use the data set that was "
             "scored, with the ids it had then."
@@ -168,18 +167,16 @@ def _decisions(
     scored = np.zeros(0, np.int64) if table is None else _scored(table)
     every = np.union1d(ids, result.sample_id if result is not None else scored)
     kept = np.isin(every, ids[keep])
-    reason = pa.array(np.where(np.isin(every, ids[np.asarray(said.is_null())]), _NO_SCORE, ""))
-    if result is not None:
-        order = np.argsort(result.sample_id)
-        place = order[np.searchsorted(result.sample_id[order], every).clip(max=len(result) - 1)]
-        known = result.sample_id[place] == every
-        codes = np.where(known, result.code[place], len(result.reasons))
-        codes[known & result.keep[place] & ~np.isin(every, ids)] = (
-            len(result.reasons) + 1
-        )  # what dropped it is not known
-        reason = pa.array([*result.reasons, _NO_SCORE, _NO_ROW]).take(pa.array(codes))
-    reason = pa.compute.if_else(pa.compute.equal(reason, ""), pa.scalar(None, pa.string()), reason)
-    return pa.table({"sample_id": every, "keep": kept, "reason": reason.cast(pa.string())})
+    if result is None:
+        sentences: tuple[str, ...] = (_NO_SCORE,)
+        code, known = np.zeros(len(every), np.int64), np.isin(every, ids[np.asarray(said.is_null())])
+    else:
+        sentences = (*result.reasons, _NO_SCORE, _NO_ROW)
+        place, found = find_ids(result.sample_id, every)
+        code, known = np.where(found, result.code[place], len(result.reasons)), np.ones(len(every), bool)
+        code[found & result.keep[place] & ~np.isin(every, ids)] = len(sentences) - 1  # what dropped it is not known
+    reason = pa.array(sentences, pa.string()).take(pa.array(code, mask=~known))
+    return pa.table({"sample_id": every, "keep": kept, "reason": reason})
 
 
 def _scored(table: ScoreTable) -> np.ndarray:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from hf_mimic.command_arguments import FilterArguments, RuleArguments
 from hf_mimic.cuts import FilterResult
 from hf_mimic.data import load_rows, read_sample_ids
+from hf_mimic.joins import find_ids
 from hf_mimic.pairs import identified
 from hf_mimic.parquet import write_parquet
 from hf_mimic.rules import decide
@@ -110,8 +111,8 @@ def _with_reasons(rows: Dataset, result: FilterResult, sample_id_column: str) ->
     if "reason" in rows.column_names:
         raise ValueError("the data set must not have the column reason yet. Rename it, or leave --keep_all out.")
     ids = read_sample_ids(rows, sample_id_column)
-    place = np.searchsorted(result.sample_id, ids).clip(max=len(result) - 1)
-    code = pa.array(result.code[place], mask=result.sample_id[place] != ids)
+    place, known = find_ids(result.sample_id, ids)
+    code = pa.array(result.code[place], mask=~known)
     return rows.add_column("reason", pa.array(result.reasons).take(code))
 
 

@@ -15,6 +15,7 @@ from hf_mimic.data import load_rows
 from hf_mimic.ensembles import EnsembleFilter
 from hf_mimic.expressions import CombinedFilter
 from hf_mimic.filters import MixtureFilter, ThresholdFilter, TrustFilter, TwoMeansFilter
+from hf_mimic.joins import find_ids
 from hf_mimic.report import build_report
 from hf_mimic.report_health import last_checkpoint, read_health
 from hf_mimic.report_options import ReportOptions
@@ -99,8 +100,7 @@ def _own_filter(dataset: Dataset | None, table: ScoreTable | None, options: Repo
     cells = dataset.select_columns([name or "keep"]).with_format("arrow")[:][name or "keep"].to_pylist()
     known = np.sort(ids) if table is None else table.aggregate()["sample_id"].to_numpy()
     keep = np.ones(len(known), dtype=bool)  # what has no decision is kept
-    place = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    here = known[place] == ids
+    place, here = find_ids(known, ids)
     keep[place[here]] = np.asarray([cell is None or bool(cell) for cell in cells])[here]
     return keep
 

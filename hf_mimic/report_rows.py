@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from hf_mimic.checks import check_choice
 from hf_mimic.data import read_sample_ids
+from hf_mimic.joins import find_ids
 from hf_mimic.pairs import identified
 from hf_mimic.report_options import ReportOptions
 from hf_mimic.scores import VALUES, ScoreTable
@@ -183,8 +184,7 @@ def _columns_of(dataset: Dataset, options: ReportOptions) -> dict[str, str]:
 
 def _match(ids: np.ndarray, known: np.ndarray, *, numbered: bool) -> np.ndarray:
     """Return the place of each id in `known`, -1 where it is not in it."""
-    place = np.searchsorted(known, ids).clip(max=max(len(known) - 1, 0))
-    inside = known[place] == ids if len(known) else np.zeros(len(ids), dtype=bool)
+    place, inside = find_ids(known, ids)
     both = int(inside.sum())
     told = f"{len(ids)} rows, {len(known)} scored samples, {both} ids in both"
     if numbered and len(known) and known.max() >= len(ids):

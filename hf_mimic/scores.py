@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hf_mimic.data import read_sample_ids
 from hf_mimic.files import write_atomically
+from hf_mimic.joins import find_ids
 from hf_mimic.matrices import aggregate
 from hf_mimic.parts import SCHEMA, VALUES, read_rows, read_shard, rows_of_visit
 from hf_mimic.visits import ScoreMatrix, Visits
@@ -281,9 +282,9 @@ def attach_scores(
 def _places(dataset: Dataset, scores: pa.Table, sample_id_column: str) -> pa.Array:
     """Return the row of `scores` that belongs to each row of the data set, null where there is none."""
     ids, known = read_sample_ids(dataset, sample_id_column), scores["sample_id"].to_numpy()
-    place = np.searchsorted(known, ids).clip(max=max(len(known) - 1, 0))
-    missing = known[place] != ids if len(known) else np.ones(len(ids), dtype=bool)
-    unscored = int(missing.sum() + (scores["n_visits"].to_numpy()[place[~missing]] == 0).sum())
+    place, there = find_ids(known, ids)
+    missing = ~there
+    unscored = int(missing.sum() + (scores["n_visits"].to_numpy()[place[there]] == 0).sum())
     if len(ids) and missing.all():
         raise ValueError(
             f"no `{sample_id_column}` of the data set is in the score table ({len(ids)} rows, {len(known)} scored "

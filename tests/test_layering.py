@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "blocks": set(),
     "visits": {"parts"},
     "matrices": {"blocks", "parts", "trust", "visits"},
-    "scores": {"data", "files", "matrices", "parts", "visits"},
+    "scores": {"joins", "data", "files", "matrices", "parts", "visits"},
     "two_groups": set(),
     "votes": {"blocks", "two_groups"},
     "cuts": {"blocks", "checks", "scores", "two_groups", "votes"},
@@ -212,7 +212,7 @@ ARROWS: dict[str, set[str]] = {
     "neighbours": set(),
     "report_numbers": {"visits"},
     "report_sampling": set(),
-    "report_rows": {"checks", "data", "pairs", "report_options", "scores", "trust"},
+    "report_rows": {"joins", "checks", "data", "pairs", "report_options", "scores", "trust"},
     "report_options": set(),
     "report_health": {"checkpoints", "health", "report_numbers"},
     "report_charts": set(),
@@ -236,6 +236,7 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"hub_errors", "hub_files"},
     "hub_datasets": {"card_metadata", "hub", "parquet"},
     "parquet": set(),
+    "joins": set(),
     "push_options": {"checks", "hub", "run_record"},
     "shared_scores": {
         "cards",
@@ -252,7 +253,7 @@ ARROWS: dict[str, set[str]] = {
     "filter_words": {"ensembles", "expressions", "filters"},
     "origins": set(),
     "trainer_record": {"origins", "run_record"},
-    "curation": {"cuts", "data", "filter_words", "scores", "selection_record"},
+    "curation": {"joins", "cuts", "data", "filter_words", "scores", "selection_record"},
     "curated_splits": {"curation", "push_options"},
     "curated": {
         "cards",
@@ -281,6 +282,7 @@ ARROWS: dict[str, set[str]] = {
         "scores",
     },
     "filter_command": {
+        "joins",
         "command_arguments",
         "cuts",
         "data",
@@ -302,6 +304,7 @@ ARROWS: dict[str, set[str]] = {
         "shared_scores",
     },
     "report_command": {
+        "joins",
         "command_arguments",
         "cuts",
         "data",
