@@ -69,7 +69,7 @@ def prepared(hub, repo_id, step):
         hub.create(repo_id, "datasets")
 
 
-@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+@pytest.mark.parametrize("times", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["once", "always"])
 @pytest.mark.parametrize(("step", "fault"), list(itertools.product(STEPS, FAULTS)))
 def test_whole_or_not_at_all(hub, api, table, slept, caplog, monkeypatch, step, fault, times):
     caplog.set_level(logging.INFO)
