@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import types
+from collections.abc import Iterator
 
 from hub import Hub
 
@@ -44,10 +45,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def hub() -> Hub:
-    """Return the Hub with an empty request log, no faults and no settings; use a repo name of your own."""
+def hub() -> Iterator[Hub]:
+    """Give the Hub with an empty request log, no faults and no settings; repos that a test makes are gone after it.
+
+    Use a repo name of your own all the same: the clients' cache stays.
+    """
     HUB.clear_log()
-    return HUB
+    there = dict(HUB.repos)
+    yield HUB
+    HUB.repos = there
 
 
 @pytest.fixture

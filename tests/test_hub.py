@@ -495,12 +495,12 @@ def test_what_changed_meanwhile_is_looked_at_again(hub):
 
 
 def test_the_card_loads_the_configuration_that_was_filtered(hub):
-    rows().push_to_hub("user/parts", "first")
-    rows(6).push_to_hub("user/parts", "second")
-    push("user/of-first", load_dataset("user/parts", "first", split="train"))
+    rows().push_to_hub("user/in-two-parts", "first")
+    rows(6).push_to_hub("user/in-two-parts", "second")
+    push("user/of-first", load_dataset("user/in-two-parts", "first", split="train"))
     card = hub.repo("user/of-first").files["README.md"].decode()
-    commit = hub.commits("user/parts")[-1].oid
-    assert f'    "user/parts",\n    "first",\n    revision="{commit}",\n    split="train",\n' in card
+    commit = hub.commits("user/in-two-parts")[-1].oid
+    assert f'    "user/in-two-parts",\n    "first",\n    revision="{commit}",\n    split="train",\n' in card
 
 
 # ---- who may, and what people wrote ----------------------------------------------------------------------------------
