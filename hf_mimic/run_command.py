@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,8 +163,13 @@ class _Run:
         before = self.notes.of(step)
         if before is None or not before["done"] or before["values"] != told or not _is_there(self.recipe, step):
             return False
+        read = before.get("read", {})  # by an earlier call, perhaps: one that was stopped leaves later steps behind
+        return all(read.get(name) == made for name, made in self._reads(step).items())
+
+    def _reads(self, step: str) -> dict[str, str | None]:
+        """Return the steps of the recipe that a step reads, and which doing of each lies there now."""
         reads = () if step == "retrain" and self.recipe.retrains_from_hub else _READS.get(step, ())
-        return not self.now & set(reads)
+        return {name: (self.notes.of(name) or {}).get("made") for name in reads if name in self.recipe.values}
 
     def _told(self, step: str) -> dict[str, Any]:
         """Return the values of a step, with the commit that it reads; tokens are nobody's business."""
@@ -215,7 +221,8 @@ class _Run:
             print(f"{step} did not come to its end; {hint} goes on from here", flush=True)
             raise
         lines = {name: str(value) for name, value in getattr(table, "lines", {}).items()}
-        self.notes.write(step, {"done": True, "values": told, "lines": lines})
+        made = {"made": uuid.uuid4().hex, "read": self._reads(step)}
+        self.notes.write(step, {"done": True, "values": told, "lines": lines, **made})
         self.now.add(step)
         print(f"{Table(lines)}\n", flush=True)
 

@@ -21,6 +21,8 @@ NOTES = "mimic_recipe.json"
 class Notes:
     """Step to `done`, `values` of its flags and `lines` of its table; and data set to commit.
 
+    A step that is done has a name for this doing of it, `made`, and those of the steps that it read, `read`.
+
     Args:
         path: Of the file; it need not be there.
 

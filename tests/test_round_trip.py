@@ -267,6 +267,24 @@ def test_what_changed_is_done_again(home, tmp_path, capsys):
     assert steps(capsys.readouterr().out) == {"score": True, "filter": True}
 
 
+def test_what_an_interruption_left_behind_is_done_again(home, tmp_path, capsys, monkeypatch):
+    """The report was done, from scores that were made anew by a call that did not come as far as the report."""
+    run = scoring(tmp_path, home, report={})
+    assert main(run) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_mimic.filter_command.filter_data", _stopped)
+        assert main([*run, "--from", "score"]) == 1
+    capsys.readouterr()
+    assert main(run) == 0
+    assert steps(capsys.readouterr().out) == {"score": False, "filter": True, "report": True}
+    assert main(run) == 0
+    assert not any(steps(capsys.readouterr().out).values())  # negative control
+
+
+def _stopped(*_):
+    raise OSError("stopped")
+
+
 def test_from_and_overwrite(home, tmp_path, capsys):
     run = scoring(tmp_path, home)
     fails(
