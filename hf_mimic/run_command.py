@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hf_mimic.checkpoints import last_complete, last_run
 from hf_mimic.checks import check_choice
 from hf_mimic.command_arguments import RunArguments
@@ -22,6 +24,7 @@ from hf_mimic.recipes import STEPS, TRAININGS, Recipe, read_recipe
 from hf_mimic.report_figures import check_matplotlib
 from hf_mimic.rules import chosen
 from hf_mimic.run_notes import NOTES, Notes
+from hf_mimic.scores import ScoreTable
 from hf_mimic.tables import Table
 
 _READS = {  # which of the steps before must be as they were for a step to count as done
@@ -31,6 +34,7 @@ _READS = {  # which of the steps before must be as they were for a step to count
     "retrain": ("filter",),
     "evaluate": ("train", "retrain"),
 }
+_VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust", "clip_score")
 _MEASURED = ("accuracy", "rsum")  # the names of the measure in a training's table
 Commands = Mapping[str, tuple[Callable[..., str], Callable[[], list[Any]]]]
 
@@ -102,7 +106,9 @@ class _Run:
                 self._check_rule(step)
         for step in self.earlier:
             if not self._is_done(step, self._told(step)):
-                raise ValueError(f"{self.recipe.path}: {step} must be done before, it is not. Run without --from.")
+                raise ValueError(
+                    f"{self.recipe.path}: {step} must be done before, as the recipe has it now, it is not. Run without --from."
+                )
         for step in TRAININGS:
             self._check_unchanged(step)
         push = self.recipe.values.get(
@@ -116,7 +122,11 @@ class _Run:
     def _check_rule(self, step: str) -> None:
         options, rule = self.recipe.options(step)
         try:
-            chosen(rule)
+            wanted = chosen(rule)
+            if (
+                wanted is not None and rule.filter is None
+            ):  # numbers, columns, an expression: told after a training else
+                wanted.fit(_any_scores())
             if step == "filter":
                 check_output(options)
         except ValueError as error:
@@ -244,6 +254,13 @@ class _Run:
             ", ".join(step for step in self.recipe.values if step in self.now) or "nothing, all was done"
         )
         return told
+
+
+def _any_scores() -> ScoreTable:
+    """Return scores of two samples with a value in every column, to try a rule on."""
+    table, two = ScoreTable(), np.array([0.25, 0.75])
+    table.record(range(2), epoch=0, step=0, kept=two > 0, **dict.fromkeys(_VALUES, two))
+    return table
 
 
 def _is_there(recipe: Recipe, step: str) -> bool:

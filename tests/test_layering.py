@@ -356,6 +356,7 @@ ARROWS: dict[str, set[str]] = {
         "report_figures",
         "rules",
         "run_notes",
+        "scores",
         "tables",
     },
     "hub_login": {"hub_errors"},

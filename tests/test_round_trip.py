@@ -288,7 +288,10 @@ def _stopped(*_):
 def test_from_and_overwrite(home, tmp_path, capsys):
     run = scoring(tmp_path, home)
     fails(
-        capsys, 1, "score must be done before, it is not. Run without --from", lambda: main([*run, "--from", "filter"])
+        capsys,
+        1,
+        "score must be done before, as the recipe has it now, it is not. Run without --from",
+        lambda: main([*run, "--from", "filter"]),
     )
     fails(capsys, 1, "`--from` must be one of 'score', 'filter', got 'push'", lambda: main([*run, "--from", "push"]))
     assert main(run) == 0
@@ -349,6 +352,11 @@ def _checkpoints(folder):
     ("changes", "message"),
     [
         ({"filter": {"top": 0.5, "threshold": 1}}, "filter: one rule must decide, got --threshold and --top"),
+        ({"filter": {"top": 50}}, "filter: `top` must be in .0, 1., got 50.0"),
+        ({"filter": {"min_trust": 2}}, "filter: `min_trust` must be in"),
+        ({"filter": {"top": 0.5, "column": "los"}}, "filter: `column` must be one of .* Did you mean 'loss'"),
+        ({"filter": {"expression": "top(los, 0.5)"}}, "filter: a column must be one of .*, got 'los'"),
+        ({"filter": {"expression": "top(trust, 0.5"}}, "filter: `expression` must be readable"),
         ({"filter": {"filter": "trsut"}}, "filter: `--filter` must be one of .* Did you mean 'trust'"),
         ({"filter": {"output": "x.csv"}}, "filter: --output must be a .parquet file, got x.csv"),
         ({"push": {"repo_id": "u/x", "top": 1}}, "push: `top` comes from a step before it"),
@@ -388,6 +396,23 @@ def test_who_may_not_publish_is_told_before_anything_begins(
     assert re.search(f"^hf-mimic run: {repo_id}: looking up the login failed: ", err)
     assert re.search(message, err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"top": 0.01, "column": "clip_score"},
+        {"threshold": -3},
+        {"min_score": 1e9},
+        {"min_trust": 0},
+        {"expression": "(trust >= 0.5) | (kept > 0) - bottom(n_visits, 0.5) & known(ref_loss)"},
+        {"filter": "ensemble", "more_scores": ["elsewhere"]},
+    ],
+)
+def test_a_rule_that_may_be_right_is_not_refused(home, tmp_path, capsys, rule):
+    """Negative control: what is tried before there are scores keeps nothing, or has columns that they may not have."""
+    run = scoring(tmp_path, home, filter=rule, dataset=str(tmp_path / "none.parquet"))
+    fails(capsys, 1, "none.parquet does not exist", lambda: main(run))  # the first step began
 
 
 def test_several_processes_are_refused(home, tmp_path, monkeypatch, capsys):
