@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 _SCALAR = (int, float)
 
@@ -64,12 +64,19 @@ def set_values(parser: Any, values: Mapping[str, Any], where: str) -> None:
     actions: dict[str, Any] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # before its --no_ twin
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    texts = {name for name, hint in hints.items() if hint in (str, str | None)} - {"resume_from_checkpoint"}  # or true
     for name, value in values.items():
         if name not in actions:
             raise ValueError(f"{where}: unknown key {name!r}{closest(name, actions)}")
         action = actions[name]
         if value is None and (action.required or action.default is not None):
             raise ValueError(f"{where}: `{name}` must have a value, got null. Leave the line out for the default.")
+        if name in texts and isinstance(value, (bool, list, dict)):
+            raise ValueError(
+                f"{where}: `{name}` must be one text, got {value!r}. Put a word that YAML reads otherwise (no, on, yes) in "
+                "quotes, or leave the line out."
+            )
         typed = _typed(parser, action, value, where)
         action.required = False
         parser.set_defaults(**{name: typed})
@@ -91,16 +98,21 @@ def read_yaml(path: str | Path, where: str) -> dict[str, Any]:
         """Refuses a key that is there twice: YAML would take the last one, without a word."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if key.value != "<<"]
-            twice = [key for key in keys if keys.count(key) > 1]
-            if twice:
-                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+            keys = [key for key, _ in node.value if key.value != "<<"]
+            for i, key in enumerate(keys):
+                if key.value in [before.value for before in keys[:i]]:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} is there twice", key.start_mark
+                    )
             return super().construct_mapping(node, deep)
 
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except yaml.MarkedYAMLError as error:  # which says it in five lines
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{where}: {line}{error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     return mapping(values, where)
 
 

@@ -521,7 +521,7 @@ def test_training_arguments_from_a_file(home, tmp_path):
         ("zzz: 2", "unknown key 'zzz'"),
         ("- threshold\n- output", "must hold `key: value` lines, got a list"),
         ("threshold", "must hold `key: value` lines, got a str"),
-        ("threshold: [", "while parsing"),
+        ("threshold: [", "line 1: expected the node content"),
         ("threshold: abc", "invalid float value: 'abc'"),
     ],
 )

@@ -72,6 +72,9 @@ def _required(entry):
         ([FilterArguments], {"datset": "x"}, "here: unknown key 'datset', did you mean 'dataset'?"),
         ([RuleArguments], {"top": "half"}, "here: `top`: invalid float value: 'half'"),
         ([RuleArguments], {"top": [0.5]}, "here: `top`: invalid float value: '[0.5]'"),
+        ([FilterArguments], {"dataset": {"a": 1}}, "here: `dataset` must be one text, got {'a': 1}. Put a word"),
+        ([FilterArguments], {"split": ["a", "b"]}, "here: `split` must be one text, got ['a', 'b']"),
+        ([RuleArguments], {"column": False}, "here: `column` must be one text, got False. Put a word that YAML reads"),
         ([RuleArguments], {"drop_unscored": "perhaps"}, "here: `drop_unscored`: Truthy value expected"),
         ([MimicTrainingArguments], {"save_strategy": "never"}, "here: `save_strategy`: invalid choice: 'never'"),
         ([MimicTrainingArguments], {"temperature": 0}, "here: `temperature` must be a positive number"),
@@ -91,7 +94,7 @@ def test_errors_begin_with_the_place(types, given, message):
 def test_a_key_that_is_there_twice(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("top: 0.5\nfilter: trust\ntop: 0.1\n")
-    with pytest.raises(ValueError, match=r"a.yaml: 'top' is there twice\n.*line 1"):
+    with pytest.raises(ValueError, match=r"a.yaml: line 3: 'top' is there twice$"):
         read_yaml(path, str(path))
     path.write_text("base: &base {a: 1}\nmore: {<<: *base, a: 2}\n")  # negative control: to override is no mistake
     assert read_yaml(path, "here")["more"] == {"a": 2}
@@ -100,6 +103,33 @@ def test_a_key_that_is_there_twice(tmp_path):
         read_yaml(path, "here")
     path.write_text("")
     assert read_yaml(path, "here") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("top: 1\n\tfilter: trust\n", "here: line 2: found character '\\t' that cannot start any token"),
+        ("top: [1\nfilter: trust\n", "here: line 2: expected ',' or ']', but got ':'"),
+        ("? [a, b]\n: 1\n", "here: line 1: found unhashable key"),
+        (
+            "top: \x07\n",
+            'here: unacceptable character #x0007: special characters are not allowed in "<unicode string>"',
+        ),
+    ],
+)
+def test_what_is_no_yaml_is_told_in_one_line(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - compared below, as it stands
+        read_yaml(tmp_path / "a.yaml", "here")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_may_be_told_to_resume_by_a_yes():
+    """Negative control: this flag takes true or a folder, and some of the Trainer's take tables."""
+    given = {"resume_from_checkpoint": True, "lr_scheduler_kwargs": {"min_lr": 0.1}, "report_to": ["none"]}
+    (args,) = from_values([MimicTrainingArguments], {**given, "output_dir": "x", "use_cpu": True}, "here")
+    assert (args.resume_from_checkpoint, args.lr_scheduler_kwargs) == ("True", {"min_lr": 0.1})
 
 
 def test_names():
