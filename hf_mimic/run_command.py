@@ -162,7 +162,8 @@ class _Run:
         if self._is_done(step, told):
             return _Plan(False)
         changed = _differing(before["values"], told)
-        if step in TRAININGS and not before["done"] and not changed and self._checkpoint(step):
+        begun = step in TRAININGS and not before["done"] and not changed and self._read_what_is_there(step)
+        if begun and self._checkpoint(step):
             return _Plan(True, "goes on from its last checkpoint", {"resume_from_checkpoint": "true"})
         if not before["done"]:
             return _Plan(True)
@@ -173,7 +174,11 @@ class _Run:
         before = self.notes.of(step)
         if before is None or not before["done"] or before["values"] != told or not _is_there(self.recipe, step):
             return False
-        read = before.get("read", {})  # by an earlier call, perhaps: one that was stopped leaves later steps behind
+        return self._read_what_is_there(step)
+
+    def _read_what_is_there(self, step: str) -> bool:
+        """Return whether the steps that a step read are as they were: a call that was stopped may have done them anew."""
+        read = (self.notes.of(step) or {}).get("read", {})
         return all(read.get(name) == made for name, made in self._reads(step).items())
 
     def _reads(self, step: str) -> dict[str, str | None]:
@@ -223,7 +228,8 @@ class _Run:
         told = self._told(step)
         options = self.recipe.options(step, **self._found(step), **more)
         after = (self.notes.of(step) or {}).get("after") if "resume_from_checkpoint" in more else self._last_run(step)
-        self.notes.write(step, {"done": False, "values": told, "after": after})
+        read = {"read": self._reads(step)}
+        self.notes.write(step, {"done": False, "values": told, "after": after, **read})
         try:
             table = self.commands[STEPS[step]][0](*options)
         except BaseException:
@@ -231,8 +237,7 @@ class _Run:
             print(f"{step} did not come to its end; {hint} goes on from here", flush=True)
             raise
         lines = {name: str(value) for name, value in getattr(table, "lines", {}).items()}
-        made = {"made": uuid.uuid4().hex, "read": self._reads(step)}
-        self.notes.write(step, {"done": True, "values": told, "lines": lines, **made})
+        self.notes.write(step, {"done": True, "values": told, "lines": lines, "made": uuid.uuid4().hex, **read})
         self.now.add(step)
         print(f"{Table(lines)}\n", flush=True)
 

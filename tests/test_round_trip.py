@@ -344,6 +344,28 @@ def test_a_killed_training_goes_on_and_a_changed_one_is_not_lost(home, tmp_path,
     assert "goes on from its last checkpoint" not in capsys.readouterr().out
 
 
+def test_a_killed_second_training_does_not_go_on_with_other_rows(home, tmp_path, capsys, monkeypatch):
+    def die(trainer, *args, **kwargs):
+        save(trainer, *args, **kwargs)
+        raise OSError("stopped")
+
+    save = MimicTrainer._save_checkpoint
+    sections = {
+        "score": {},
+        "retrain": {**QUIET, "strategy": "uniform", "save_strategy": "epoch", "num_train_epochs": 2},
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(MimicTrainer, "_save_checkpoint", die)
+        assert main(scoring(tmp_path, home, **sections)) == 1
+    with pytest.warns(UserWarning, match="held the scores of an earlier run; they are now in"):
+        assert main(scoring(tmp_path, home, **sections, filter={"top": 0.25})) == 0
+    out = capsys.readouterr().out
+    assert "goes on from its last checkpoint" not in out
+    kept = load_rows(str(tmp_path / "out/curated.parquet"))["sample_id"][:]
+    seen = ScoreTable.load(tmp_path / "out/retrain/scores").to_arrow()["sample_id"].to_pylist()
+    assert sorted(seen) == sorted(2 * kept)
+
+
 def _checkpoints(folder):
     return sorted(path.name for path in (folder / "out/train").glob("checkpoint-*"))
 
