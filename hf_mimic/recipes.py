@@ -225,7 +225,13 @@ def _check_together(recipe: Recipe) -> None:
     push, target = of["push"], of["push"].get("repo_id")
     onto_itself = target is not None and target == push["dataset"] and not (push["revision"] or push["create_pr"])
     repos = [of[step]["hub_model_id"] for step in TRAININGS if of[step].get("push_to_hub")]
+    captionless = [step for step in TRAININGS if step in steps and of[step]["text_column"] is None]
     for wrong, message in (
+        (
+            "evaluate" in steps and captionless,
+            "evaluate must have an image-text model, and without `text_column` a classifier is trained. Leave evaluate out: "
+            "with `eval_split` the trainings tell the accuracy",
+        ),
         (twice, f"every step must write to a place of its own, got {twice and twice[0]} for two of them"),
         (
             not of["train"].get("record_scores", True) and {"filter", "report", "push"} & steps.keys(),

@@ -80,7 +80,8 @@ def test_scores_of_another_run(tmp_path):
 
 
 def test_evaluate_takes_the_last_model_and_the_evaluation_split(tmp_path):
-    recipe = read(tmp_path, **whole(evaluate={"label_column": "label"}), eval_split="dev", split="train")
+    pairs = {"text_column": "caption"}
+    recipe = read(tmp_path, **whole(evaluate={"label_column": "label"}), **pairs, eval_split="dev", split="train")
     evaluate = options(recipe, "evaluate")
     assert (evaluate["model"], evaluate["dataset"], evaluate["split"]) == ("out/retrain", "user/data", "dev")
     assert evaluate["output"] == "out/evaluation.json"
@@ -89,7 +90,7 @@ def test_evaluate_takes_the_last_model_and_the_evaluation_split(tmp_path):
     assert options(recipe, "evaluate")["model"] == "user/vit"
     file = read(tmp_path, evaluate={}, eval_split=__file__)
     assert (options(file, "evaluate")["dataset"], options(file, "evaluate")["split"]) == (__file__, "test")
-    other = read(tmp_path, evaluate={}, train=QUIET, eval_dataset="user/other", eval_split="dev")
+    other = read(tmp_path, evaluate={}, train=QUIET, **pairs, eval_dataset="user/other", eval_split="dev")
     assert options(other, "evaluate")["dataset"] == "user/other"
 
 
@@ -120,6 +121,10 @@ def test_evaluate_takes_the_last_model_and_the_evaluation_split(tmp_path):
         (whole(train={**QUIET, "output_dir": "out/retrain"}), "every step must write to a place of its own, got "),
         (whole(train={**QUIET, "record_scores": False}), "train must have `record_scores: true`"),
         ({"score": {"num_shards": 4}}, "score must have `num_shards: 1`"),
+        (
+            whole(evaluate={}),
+            "evaluate must have an image-text model, and without `text_column` a classifier is trained",
+        ),
         ({"train": QUIET, "filter": {"keep_all": True}, "retrain": QUIET}, "filter must not have `keep_all: true`"),
         (whole(push={"repo_id": "user/data"}), "push must not go onto the data set that is filtered, user/data"),
         ({**whole(), "push_to_hub": True, "hub_model_id": "u/m"}, "train and retrain must not push to the same model"),
