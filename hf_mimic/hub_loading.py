@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_mimic.hub_errors import HubError, chain, hub_errors
 from hf_mimic.hub_files import on_hub, pin, refusal
 
+_NO_CONFIG = "Config name is missing"
 _STEPS = {"dataset": "loading the data set", "model": "loading the model"}
 _REFUSED = (httpx2.HTTPError, ConnectionError, LocalEntryNotFoundError)
 
@@ -31,6 +32,7 @@ def loading(name: str, *, repo_type: str, revision: str | None = None) -> Iterat
 
     Raises:
         HubError: If there is no such repo or revision, it is closed to this login, or the Hub does not answer.
+        ValueError: If a data set has several configurations, and none is named.
     """
     try:
         yield
@@ -42,6 +44,13 @@ def loading(name: str, *, repo_type: str, revision: str | None = None) -> Iterat
             raise
         first = next((each for each in chain(error) if isinstance(each, HfHubHTTPError)), error)
         raise refusal(first, name, _STEPS[repo_type], repo_type) from None
+    except ValueError as error:
+        if not str(error).startswith(_NO_CONFIG):
+            raise
+        listed = str(error).partition("[")[2].partition("]")[0]
+        raise ValueError(
+            f"{name}: one of its configurations must be named, {listed}, got none. Give it as `dataset_config`."
+        ) from None  # four lines of Python
 
 
 def _is_repo_id(name: str) -> bool:

@@ -30,6 +30,27 @@ def test_a_commit_and_a_configuration_are_loaded(hub):
         load_rows("user/versions", "dev")
 
 
+def test_one_of_several_configurations_must_be_named(hub, tmp_path, capsys):
+    for config in ("big", "small"):
+        rows(3).push_to_hub("user/several", config)
+    command = [
+        "filter",
+        "--dataset",
+        "user/several",
+        "--scores",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "a.parquet"),
+    ]
+    assert main(command) == 1
+    told = (
+        "user/several: one of its configurations must be named, 'big', 'small', got none. Give it as `dataset_config`."
+    )
+    assert capsys.readouterr().err == f"hf-mimic filter: {told}\n"
+    with pytest.raises(ValueError, match=r"^other$"), loading("user/several", repo_type="dataset"):  # negative control
+        raise ValueError("other")
+
+
 def _unknown(hub, name):
     return r"no data set of this name, or it is private and not open to this login\. Check the name"
 
