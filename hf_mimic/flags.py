@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 _SCALAR = (int, float)
+_MORE_THAN_TEXT = {"resume_from_checkpoint", "temperature"}  # texts for the parser, which also take true, a number
 
 
 def parser_of(types: Sequence[type], **options: Any) -> Any:
@@ -65,17 +66,17 @@ def set_values(parser: Any, values: Mapping[str, Any], where: str) -> None:
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # before its --no_ twin
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    texts = {name for name, hint in hints.items() if hint in (str, str | None)} - {"resume_from_checkpoint"}  # or true
+    texts = {name for name, hint in hints.items() if hint in (str, str | None)} - _MORE_THAN_TEXT
     for name, value in values.items():
         if name not in actions:
             raise ValueError(f"{where}: unknown key {name!r}{closest(name, actions)}")
         action = actions[name]
         if value is None and (action.required or action.default is not None):
             raise ValueError(f"{where}: `{name}` must have a value, got null. Leave the line out for the default.")
-        if name in texts and isinstance(value, (bool, list, dict)):
+        if name in texts and isinstance(value, (bool, int, float, list, dict)):
             raise ValueError(
-                f"{where}: `{name}` must be one text, got {value!r}. Put a word that YAML reads otherwise (no, on, yes) in "
-                "quotes, or leave the line out."
+                f"{where}: `{name}` must be one text, got {value!r}. Put what YAML reads otherwise (no, on, 1.10) in quotes, or "
+                "leave the line out."
             )
         typed = _typed(parser, action, value, where)
         action.required = False

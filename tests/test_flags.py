@@ -72,9 +72,14 @@ def _required(entry):
         ([FilterArguments], {"datset": "x"}, "here: unknown key 'datset', did you mean 'dataset'?"),
         ([RuleArguments], {"top": "half"}, "here: `top`: invalid float value: 'half'"),
         ([RuleArguments], {"top": [0.5]}, "here: `top`: invalid float value: '[0.5]'"),
-        ([FilterArguments], {"dataset": {"a": 1}}, "here: `dataset` must be one text, got {'a': 1}. Put a word"),
+        ([FilterArguments], {"dataset": {"a": 1}}, "here: `dataset` must be one text, got {'a': 1}. Put what YAML"),
         ([FilterArguments], {"split": ["a", "b"]}, "here: `split` must be one text, got ['a', 'b']"),
-        ([RuleArguments], {"column": False}, "here: `column` must be one text, got False. Put a word that YAML reads"),
+        (
+            [FilterArguments],
+            {"dataset_revision": 1.10},
+            "here: `dataset_revision` must be one text, got 1.1. Put what YAML",
+        ),
+        ([RuleArguments], {"column": False}, "here: `column` must be one text, got False. Put what YAML reads"),
         ([RuleArguments], {"drop_unscored": "perhaps"}, "here: `drop_unscored`: Truthy value expected"),
         ([MimicTrainingArguments], {"save_strategy": "never"}, "here: `save_strategy`: invalid choice: 'never'"),
         ([MimicTrainingArguments], {"temperature": 0}, "here: `temperature` must be a positive number"),
@@ -125,11 +130,17 @@ def test_what_is_no_yaml_is_told_in_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_training_may_be_told_to_resume_by_a_yes():
-    """Negative control: this flag takes true or a folder, and some of the Trainer's take tables."""
-    given = {"resume_from_checkpoint": True, "lr_scheduler_kwargs": {"min_lr": 0.1}, "report_to": ["none"]}
+def test_a_yes_and_a_number_where_they_are_meant():
+    """Negative control: flags that take true or a folder, a number or a word, a table or a text."""
+    given = {
+        "resume_from_checkpoint": True,
+        "temperature": 0.5,
+        "lr_scheduler_kwargs": {"min_lr": 0.1},
+        "report_to": ["none"],
+    }
     (args,) = from_values([MimicTrainingArguments], {**given, "output_dir": "x", "use_cpu": True}, "here")
-    assert (args.resume_from_checkpoint, args.lr_scheduler_kwargs) == ("True", {"min_lr": 0.1})
+    assert (args.resume_from_checkpoint, args.temperature) == ("True", "0.5")
+    assert args.lr_scheduler_kwargs == {"min_lr": 0.1}
 
 
 def test_names():
