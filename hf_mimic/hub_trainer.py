@@ -21,7 +21,6 @@ from hf_mimic.files import write_atomically
 from hf_mimic.hub import CARD, Contents, Destination, Present, publish
 from hf_mimic.hub_errors import explain, hub_errors, told
 from hf_mimic.resuming import ResumingTrainer
-from hf_mimic.shared_scores import stale_scores
 from hf_mimic.trainer_record import record_of_run, task_of
 
 _CARD_ARGUMENTS = ("language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset")
@@ -162,6 +161,8 @@ class HubTrainer(ResumingTrainer):
 
     def _contents(self, present: Present, given: dict[str, Any]) -> Contents:
         """Return the files of the output folder, without checkpoints and scores, and the card merged into the Hub's."""
+        from hf_mimic.shared_scores import stale_scores  # with scikit-learn behind it
+
         folder = Path(str(self.args.output_dir))
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         named = {path.relative_to(folder).as_posix(): path for path in paths}

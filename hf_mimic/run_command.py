@@ -23,7 +23,7 @@ from hf_mimic.hub_login import check_may_push
 from hf_mimic.recipes import STEPS, TRAININGS, Recipe, read_recipe
 from hf_mimic.report_figures import check_matplotlib
 from hf_mimic.rules import chosen
-from hf_mimic.run_notes import NOTES, Notes
+from hf_mimic.run_notes import NOTES, Notes, state_of
 from hf_mimic.scores import ScoreTable
 from hf_mimic.tables import Table
 
@@ -35,6 +35,7 @@ _READS = {  # which of the steps before must be as they were for a step to count
     "evaluate": ("train", "retrain"),
 }
 _VALUES = ("mimic_score", "relative_weight", "loss", "ref_loss", "ref_trust", "clip_score")
+_DATA = ("dataset", "eval_dataset")
 _MEASURED = ("accuracy", "rsum")  # the names of the measure in a training's table
 Commands = Mapping[str, tuple[Callable[..., str], Callable[[], list[Any]]]]
 
@@ -92,6 +93,7 @@ class _Run:
         self.again = steps[steps.index(begin) :] if begin is not None else []
         self.earlier = steps[: steps.index(begin)] if begin is not None else []
         self.now: set[str] = set()  # what was done by this call
+        self.states: dict[str, str] = {}  # of the data on this machine
 
     def check(self) -> None:
         """Find what would stop a later step, before the first one begins.
@@ -111,9 +113,7 @@ class _Run:
                 )
         for step in TRAININGS:
             self._check_unchanged(step)
-        push = self.recipe.values.get(
-            "push", {"create_pr": True}
-        )  # a pull request may be opened by those who may read
+        push = self.recipe.values.get("push", {"create_pr": True})  # who may read may open a pull request
         if not push.get("create_pr") and any(self.plan(step).now for step in self.recipe.values):
             check_may_push(str(push["repo_id"]))
         if "report" in self.recipe.values:
@@ -168,7 +168,8 @@ class _Run:
         if not before["done"]:
             return _Plan(True)
         why = f"{', '.join(changed)} changed" if changed else "what it reads or wrote is not what it was"
-        return _Plan(True, f"again: {why}")
+        anew = step == "score" and any(name.endswith("on disk") for name in changed)
+        return _Plan(True, f"again: {why}", {"overwrite": True} if anew else {})
 
     def _is_done(self, step: str, told: Mapping[str, Any]) -> bool:
         before = self.notes.of(step)
@@ -190,7 +191,20 @@ class _Run:
         """Return the values of a step, with the commit that it reads; tokens are nobody's business."""
         values = {**self.recipe.values[step], **self._found(step)}
         told = {name: value for name, value in values.items() if not name.endswith("token") and name != "overwrite"}
+        told |= {
+            f"{place} on disk": self._state(values[place]) for place in _DATA if self._is_given(values.get(place))
+        }
         return json.loads(json.dumps(told, default=str))
+
+    def _is_given(self, place: Any) -> bool:
+        """Return whether a place is data on this machine that no step of the recipe writes."""
+        outputs = map(self.recipe.output, self.recipe.values)
+        return isinstance(place, str) and Path(place).exists() and Path(place) not in outputs
+
+    def _state(self, place: str) -> str:
+        if place not in self.states:
+            self.states[place] = state_of(Path(place))
+        return self.states[place]
 
     def _found(self, step: str) -> dict[str, Any]:
         """Return what the recipe does not say: the commits that the data sets have, and that was published."""

@@ -70,3 +70,13 @@ class Notes:
         if name not in self.commits:
             self.commits[name] = str(pin(dataset, revision, repo_type="dataset"))
         return self.commits[name]
+
+
+def state_of(path: Path) -> str:
+    """Return what tells whether a data file, or those of a folder, were changed: how many, bytes, and the newest time."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    found = [
+        each.stat() for each in files if not each.name.startswith(("cache-", "."))
+    ]  # `datasets` puts caches there
+    newest = max((each.st_mtime_ns for each in found), default=0)
+    return f"{len(found)} files, {sum(each.st_size for each in found)} bytes, newest {newest}"

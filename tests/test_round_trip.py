@@ -243,7 +243,8 @@ def test_pairs_without_a_push(tmp_path, capsys):
 
 def scoring(folder, home, **changes):
     """Write a recipe that scores a file and filters it, off the Hub; return its command."""
-    images().to_parquet(folder / "rows.parquet")
+    if not (folder / "rows.parquet").exists():
+        images().to_parquet(folder / "rows.parquet")
     content = {
         "model": str(home / "base"),
         "reference_model": str(home / "reference"),
@@ -265,6 +266,20 @@ def test_what_changed_is_done_again(home, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out/scores")
     assert main(scoring(tmp_path, home, filter={"top": 0.25})) == 0
     assert steps(capsys.readouterr().out) == {"score": True, "filter": True}
+
+
+def test_other_rows_under_the_same_name_are_scored_anew(home, tmp_path, capsys):
+    assert main(scoring(tmp_path, home)) == 0
+    before = load_rows(str(tmp_path / "out/curated.parquet"))["sample_id"][:]
+    rows = images()
+    rows.select(range(len(rows) - 1, -1, -1)).to_parquet(tmp_path / "rows.parquet")
+    capsys.readouterr()
+    assert main(scoring(tmp_path, home)) == 0
+    assert "== score: again: dataset on disk changed" in capsys.readouterr().out
+    kept = load_rows(str(tmp_path / "out/curated.parquet"))["sample_id"][:]
+    assert sorted(len(rows) - 1 - i for i in kept) == sorted(before)
+    assert main(scoring(tmp_path, home)) == 0
+    assert steps(capsys.readouterr().out) == {"score": False, "filter": False}
 
 
 def test_what_an_interruption_left_behind_is_done_again(home, tmp_path, capsys, monkeypatch):
