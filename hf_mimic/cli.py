@@ -1,6 +1,6 @@
 """`hf-mimic COMMAND --help`: flags from the dataclasses in commands.py, values from `--config file.yaml` too.
 
-Exit code 0, 1 (a failure, with one line that says what to do) or 2 (wrong use).
+Exit code 0, 1 (a failure, with one line that says what to do), 2 (wrong use) or 130 (interrupted).
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:  # from a library: its kind says as much as its message
         print(f"hf-mimic {argv[0]}: {type(error).__name__}: {_told(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"hf-mimic {argv[0]}: interrupted", file=sys.stderr)
+        return 130
     if told:  # one of several processes tells it for all
         print(told)
     return 0

@@ -554,6 +554,15 @@ def test_help_describes_every_flag_of_ours(command, capsys):
             assert described in printed, name
 
 
+def test_an_interruption_is_no_traceback(capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_mimic.quality_command.run_compare", interrupted)
+    assert main(["compare", "--scores", "a"]) == 130
+    assert capsys.readouterr().err == "hf-mimic compare: interrupted\n"
+
+
 def test_every_field_is_documented():
     for kind in (DataArguments, ScoreArguments, FilterArguments, EvaluateArguments):
         for field in dataclasses.fields(kind):
