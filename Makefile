@@ -15,7 +15,7 @@ DATA := $(or $(HF_MIMIC_DATA),../shared/data)
 demo: .venv/.installed  ## the main job on embedded data
 	$(BIN)/hf-mimic demo
 
-test: .venv/.installed  ## the default tests: no network, no data, under ten minutes
+test: .venv/.installed  ## the default tests: no network, no data, about eleven minutes
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.installed  ## the slow tests, and those on real data where it is present
