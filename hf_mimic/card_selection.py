@@ -139,9 +139,7 @@ def _group_words(values: Mapping[str, Counts]) -> str:
 
 def _earlier(record: SelectionRecord, configs: Any, config: str) -> list[str]:
     """Return the splits of a config that another publication wrote, by the metadata."""
-    listed = next((entry.get("data_files") for entry in configs or [] if entry.get("config_name") == config), None)
-    names = [entry["split"] for entry in listed or [] if isinstance(entry, Mapping)]
-    return [name for name in names if name not in record.splits]
+    return [name for name in _splits(configs, config) if name not in record.splits]
 
 
 def _splits_words(record: SelectionRecord, earlier: list[str]) -> str:
@@ -158,13 +156,16 @@ def _splits_words(record: SelectionRecord, earlier: list[str]) -> str:
     return words
 
 
-def _splits_of(configs: Any, name: str, split: str) -> str:
-    """Return the split that a config has, by its metadata."""
-    for config in configs or []:
-        files = config.get("data_files") if config.get("config_name") == name else None
-        if isinstance(files, list) and files and isinstance(files[0], Mapping) and files[0].get("split"):
-            return str(files[0]["split"])
-    return split
+def _split_in(configs: Any, name: str, split: str) -> str:
+    """Return the split of a config to load, by its metadata: the one that was filtered, or the first if it is not there."""
+    found = _splits(configs, name)
+    return split if split in found or not found else found[0]
+
+
+def _splits(configs: Any, name: str) -> list[str]:
+    """Return the splits of a config, by its metadata."""
+    listed = next((entry.get("data_files") for entry in configs or [] if entry.get("config_name") == name), None)
+    return [str(entry["split"]) for entry in listed or [] if isinstance(entry, Mapping) and entry.get("split")]
 
 
 def _has(configs: Any, name: str) -> bool:
@@ -241,7 +242,7 @@ def _loading(record: SelectionRecord, repo_id: str, configs: Any) -> list[str]:
     original = load_line(record.original_dataset, record.original_config, record.original_revision, record.split)
     lines = [f"original = {original}"] if original else []
     if _has(configs, "selection"):
-        split = _splits_of(configs, "selection", record.split)
+        split = _split_in(configs, "selection", record.split)
         lines.append(f'selection = load_dataset({python(repo_id)}, "selection", split={python(split)})')
     return lines
 

@@ -503,6 +503,14 @@ def test_the_card_loads_the_configuration_that_was_filtered(hub):
     assert f'    "user/in-two-parts",\n    "first",\n    revision="{commit}",\n    split="train",\n' in card
 
 
+def test_the_card_loads_the_selection_of_the_split_that_was_filtered_last(hub):
+    push("user/by-turns")
+    push("user/by-turns", split="more")
+    card = hub.repo("user/by-turns").files["README.md"].decode()
+    assert 'selection = load_dataset("user/by-turns", "selection", split="more")' in card
+    assert 'split="train")' not in card
+
+
 # ---- who may, and what people wrote ----------------------------------------------------------------------------------
 
 
