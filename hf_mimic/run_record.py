@@ -112,10 +112,13 @@ class RunRecord:
         """
         return cls(**known_fields(cls, given))
 
+    def to_bytes(self) -> bytes:
+        """Return what `mimic_record.json` holds."""
+        return (json.dumps(self.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
     def write(self, folder: str | Path) -> None:
         """Write `mimic_record.json` into a folder that exists."""
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        write_atomically(Path(folder) / RECORD_NAME, lambda file: file.write(text.encode()))
+        write_atomically(Path(folder) / RECORD_NAME, lambda file: file.write(self.to_bytes()))
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord | None:

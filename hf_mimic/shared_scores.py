@@ -5,7 +5,6 @@ Read `push_scores`, then `load_scores`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
@@ -21,7 +20,7 @@ from hf_mimic.cards import scores_card
 from hf_mimic.hub import CARD, Contents, Present, Published, publish
 from hf_mimic.hub_datasets import SplitFiles, card_metadata, check_names, check_unlisted
 from hf_mimic.hub_errors import explain, hub_errors
-from hf_mimic.hub_files import verify
+from hf_mimic.hub_files import on_hub, verify
 from hf_mimic.parts import SCHEMA
 from hf_mimic.push_options import PushOptions, destination
 from hf_mimic.quality import QualityReport
@@ -110,7 +109,7 @@ def load_scores(
 
 def open_scores(name: str) -> ScoreTable:
     """Open a folder of score shards, or the scores of a Hub data set."""
-    if Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if not on_hub(name) or name.count("/") != 1:
         return ScoreTable.load(name)
     return load_scores(name)
 
@@ -156,9 +155,8 @@ def score_files(table: ScoreTable, folder: Path, split: str) -> SplitFiles:
 
 def in_repo(files: SplitFiles, run: RunRecord) -> dict[str, Path | bytes]:
     """Return path in the repo to file, of the shards and of the record of the run."""
-    text = json.dumps(run.as_dict(), indent=1, ensure_ascii=False) + "\n"
     folder = files.pattern.rpartition("/")[0]
-    return {**files.in_repo(), f"{folder}/{RECORD_NAME}": text.encode()}
+    return {**files.in_repo(), f"{folder}/{RECORD_NAME}": run.to_bytes()}
 
 
 def stale_scores(present: Present, folder: str) -> frozenset[str]:
