@@ -42,7 +42,7 @@ def decide(options: RuleArguments, folder: str, table: ScoreTable) -> FilterResu
     rule = chosen(options) or default_filter(table)
     scores: Any = table
     if options.more_scores:
-        scores = {name: ScoreTable.load(name) for name in (folder, *options.more_scores)}
+        scores = {folder: table, **{name: ScoreTable.load(name) for name in options.more_scores}}
     result = rule.fit(scores).filter(scores)
     return replace(result, rule=in_words(rule))
 
